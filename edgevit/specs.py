@@ -1,0 +1,134 @@
+"""The frozen records that cross folders: what is asked for, what a network is, what was measured.
+
+Units stand in the names (`latency_ms`, `size_bytes`). Every record turns into JSON with `dataclasses.asdict`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from edgevit.errors import UsageError
+
+MAX_SIDE = 4096  # pixels; a larger picture is a typing error long before it is a wish
+MAX_BATCH = 1024  # pictures; beyond it the input alone is more than 600 MB at 224x224
+
+Batch = int | Literal["dynamic"]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a picture becomes the network's input: resize the short side, crop the centre, scale to [0, 1], normalise.
+
+    `size` is (height, width) in pixels; `crop` is the share of the resized short side that the crop keeps.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop: float = 0.875
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of one published network before anything is built.
+
+    `parameters` is exact; `macs` counts convolutions, linears and matmuls at `image.size`, batch 1, reference form.
+    `size_multiple` divides every legal height and width. `paper` holds what the paper claims.
+    """
+
+    name: str
+    family: str
+    title: str
+    url: str
+    origin: str
+    parameters: int
+    macs: int
+    paper: dict[str, str | float] = field(default_factory=dict)
+    image: ImageSpec = ImageSpec()
+    size_multiple: int = 32
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """One export: which network with which weights, for which target, precision and input shape."""
+
+    model: str
+    target: str
+    precision: str = "fp32"
+    weights: str | None = None
+    num_classes: int | None = None
+    image_size: tuple[int, int] | None = None
+    batch: Batch = 1
+    features_only: bool = False
+    options: tuple[tuple[str, str], ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output; a dynamic dimension is its name, a static one its length."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+    layout: str = ""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a runtime's outputs lie from the float32 reference on real pictures."""
+
+    inputs: int
+    max_abs: float
+    max_abs_limit: float
+    cosine: float
+    cosine_limit: float
+    top1_agreement: float | None
+    reference: str
+    runtime: str
+
+    @property
+    def passed(self) -> bool:
+        """A NaN anywhere fails: every comparison with it is false."""
+        agrees = self.top1_agreement is None or self.top1_agreement == 1.0
+        return self.max_abs <= self.max_abs_limit and self.cosine >= self.cosine_limit and agrees
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What one rewrite of the deploy form did, and the proof that it changed nothing.
+
+    `max_rel` is the largest difference in float64, relative to the largest output. `input_independent` says that what
+    was folded into constants had no path from the image.
+    """
+
+    rewrite: str
+    places: int
+    max_rel: float
+    parameters_before: int
+    parameters_after: int
+    operations_before: int
+    operations_after: int
+    input_independent: bool
+    notes: tuple[str, ...] = ()
+
+
+def check_image_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Return `size` (height, width) or raise UsageError naming the nearest legal one."""
+    if any(side <= 0 or side > MAX_SIDE or side % multiple for side in size):
+        near = tuple(min(max(round(side / multiple), 1), MAX_SIDE // multiple) * multiple for side in size)
+        raise UsageError(
+            f"image size {size[0]}x{size[1]}: height and width must be multiples of {multiple} "
+            f"between {multiple} and {MAX_SIDE}; try {near[0]}x{near[1]}"
+        )
+    return size
+
+
+def check_batch(batch: Batch) -> Batch:
+    """Return `batch` or raise UsageError."""
+    if batch != "dynamic" and not 1 <= batch <= MAX_BATCH:
+        raise UsageError(f"batch {batch}: expected a whole number from 1 to {MAX_BATCH}, or 'dynamic'")
+    return batch
