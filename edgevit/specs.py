@@ -132,3 +132,84 @@ def check_batch(batch: Batch) -> Batch:
     if batch != "dynamic" and not 1 <= batch <= MAX_BATCH:
         raise UsageError(f"batch {batch}: expected a whole number from 1 to {MAX_BATCH}, or 'dynamic'")
     return batch
+
+
+@dataclass(frozen=True)
+class LatencyResult:
+    """The times of one contestant of a race, raw; nothing is rounded here.
+
+    `samples_ms[i]` was taken in round `rounds[i]`. `latency_ms` maps "p50", "p90", ... to milliseconds, or to None
+    where the samples are too few. Warm-up runs and the discarded first run of every turn are counted, not kept.
+    `effective_precision` is read back from the runtime by the caller: the bench knows no runtime.
+    """
+
+    name: str
+    samples_ms: tuple[float, ...]
+    rounds: tuple[int, ...]
+    latency_ms: dict[str, float | None]
+    warmup_runs: int
+    discarded_runs: int
+    effective_precision: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two contestants of one race: `ratio` is time of the baseline / time of the candidate, above 1 = candidate faster.
+
+    `low` and `high` bound the ratio of the two loaded instances with 95 % confidence, from a bootstrap over `rounds`;
+    None where the rounds are too few. All three are None where a round measured 0 ms.
+    """
+
+    baseline: str
+    candidate: str
+    ratio: float | None
+    low: float | None
+    high: float | None
+    rounds: int
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """One race: each contestant's times, each later contestant against the first, and what a reader must be warned of.
+
+    `stopped_by` says what ended it: "duration" (time passed, samples enough), "time limit" or "sample limit".
+    """
+
+    results: tuple[LatencyResult, ...]
+    comparisons: tuple[Comparison, ...]
+    warnings: tuple[str, ...]
+    rounds: int
+    seed: int
+    stopped_by: Literal["duration", "time limit", "sample limit"]
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """What one pass through a deployed graph costs, counted and not measured.
+
+    `macs` counts Conv, Gemm and MatMul (split in `macs_by_op`); `flops` is 2 x `macs`. `parameters` counts elements of
+    stored floating-point tensors, each stored tensor once, and of integer tensors that stand for them (the input of a
+    DequantizeLinear; its scale does not count). `weight_bytes` is the size of every stored tensor of any type,
+    `activation_bytes` of every tensor computed from the image, as if none were fused or reused. `not_counted` maps an
+    op kind without a matrix product to the elements it puts out; `unknown` maps an op kind that may hide a product to
+    its number of nodes: while it is not empty, `macs` is a lower bound.
+    """
+
+    macs: int
+    flops: int
+    macs_by_op: dict[str, int]
+    parameters: int
+    weight_bytes: int
+    activation_bytes: int
+    not_counted: dict[str, int]
+    unknown: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModuleCount:
+    """What a PyTorch module costs at one image size, batch 1: `macs` counts convolutions, linears and matmuls."""
+
+    parameters: int
+    macs: int
+    flops: int

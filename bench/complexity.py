@@ -1,0 +1,261 @@
+"""Operations, parameters and bytes, counted on the graph that is deployed or on a PyTorch module.
+
+MACs are those of Conv, Gemm and MatMul. Every other op kind is either known to hold no matrix product (PLAIN) and
+listed with its output elements, or listed as unknown: a zero is never silent.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import onnx_ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # its stubs are a package apart
+from onnx import inliner, shape_inference
+
+from edgevit.errors import ArtifactError, ExportError
+from edgevit.specs import Complexity, ModuleCount
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Op kinds of the standard domain (opset 28) without a matrix product inside. Random, string, sequence and signal kinds
+# are left out: no vision network has them, and what is left out is reported as unknown.
+_PLAIN_NAMES = """
+Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization BitShift BitwiseAnd
+BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu CenterCropPad Clip Col2Im Compress Concat Constant
+ConstantOfShape Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear Elu Equal Erf Exp
+Expand EyeLike Flatten Floor Gather GatherElements GatherND Gelu GlobalAveragePool GlobalLpPool GlobalMaxPool Greater
+GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN
+LRN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization LpPool Max MaxPool MaxRoiPool
+MaxUnpool Mean MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or PRelu Pad Pow
+QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean
+ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize ReverseSequence RoiAlign RotaryEmbedding Round
+Scatter ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign
+SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unique Unsqueeze
+Upsample Where Xor
+"""
+PLAIN = frozenset(_PLAIN_NAMES.split())
+STANDARD_DOMAINS = ("", "ai.onnx")  # two spellings of the same one
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Type and shape as far as known; an unknown dimension is its name, or "?"."""
+
+    dtype: onnx_ir.DataType
+    shape: tuple[int | str, ...]
+
+    @property
+    def elements(self) -> int | None:
+        sizes = [size for size in self.shape if isinstance(size, int)]
+        return math.prod(sizes) if len(sizes) == len(self.shape) else None
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Packed size, so two 4-bit elements share a byte; None for an unknown shape or strings, which have no size."""
+        if self.elements is None or self.dtype == onnx_ir.DataType.STRING:
+            return None
+        return math.ceil(self.elements * self.dtype.bitwidth / 8)
+
+
+class _Graph:
+    """The main graph after shape inference: its tensors by name and which of them are stored in the file."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = model.graph
+        self.nodes = list(graph.node)
+        self.tensors = dict(_typed(*graph.input, *graph.output, *graph.value_info))
+        initializers = {t.name: _Tensor(onnx_ir.DataType(t.data_type), tuple(t.dims)) for t in graph.initializer}
+        self.tensors.update(initializers)
+        constants = (name for node in self.nodes if node.op_type == "Constant" for name in node.output)
+        self.stored = [*initializers, *(name for name in constants if name in self.tensors)]
+
+    def elements(self, node: onnx.NodeProto, name: str) -> int:
+        """Return the elements of a tensor that a product needs; raise ExportError where its shape is unknown."""
+        return math.prod(self.shape(node, name))
+
+    def shape(self, node: onnx.NodeProto, name: str) -> tuple[int, ...]:
+        """Return the static shape of a tensor that a product needs, or raise ExportError naming the node."""
+        shape = self.tensors[name].shape if name in self.tensors else None
+        sizes = tuple(size for size in shape or () if isinstance(size, int))
+        if shape is None or len(sizes) < len(shape):
+            shown = "unknown" if shape is None else f"({', '.join(map(str, shape))})"
+            raise ExportError(
+                f"{node.op_type} node {node.name or node.output[0]!r}: the shape of {name!r} is {shown}, "
+                "expected fixed numbers; export with a fixed image size to have its operations counted"
+            )
+        return sizes
+
+
+def count_onnx(model: str | Path | onnx.ModelProto) -> Complexity:
+    """Count one pass through an ONNX file or model, which stays as it is; a dynamic batch counts as 1.
+
+    Nodes that depend on stored tensors alone are left out: a runtime folds them when it loads. So are the bodies of If,
+    Loop and Scan, which are listed as unknown. Raises ArtifactError for a file that is not ONNX, ExportError for a
+    Conv, Gemm or MatMul of unknown shape or a graph whose shapes contradict each other.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else _load(Path(model)))
+    notes = _fix_batch(proto)
+    graph = _Graph(_infer(proto))
+    macs, not_counted, unknown = Counter[str](), Counter[str](), Counter[str]()
+    activation_bytes, unsized = 0, 0
+    for node in _live_nodes(graph):
+        kind = _kind(node)
+        outputs = [graph.tensors.get(name) for name in node.output if name]
+        if kind in COUNTERS:
+            macs[kind] += COUNTERS[kind](graph, node)
+        elif kind in PLAIN:
+            not_counted[kind] += sum(tensor.elements or 0 for tensor in outputs if tensor)
+        else:
+            unknown[kind] += 1
+        sizes = [tensor.size_bytes if tensor else None for tensor in outputs]
+        activation_bytes += sum(size or 0 for size in sizes)
+        unsized += sizes.count(None)
+    if unsized:
+        notes.append(f"{unsized} tensors of unknown size are in neither activation_bytes nor not_counted")
+    return Complexity(
+        macs=macs.total(),
+        flops=2 * macs.total(),
+        macs_by_op=dict(sorted(macs.items())),
+        parameters=_parameters(graph),
+        weight_bytes=sum(graph.tensors[name].size_bytes or 0 for name in graph.stored),
+        activation_bytes=activation_bytes,
+        not_counted=dict(sorted(not_counted.items())),
+        unknown=dict(sorted(unknown.items())),
+        notes=tuple(notes),
+    )
+
+
+def count_module(model: nn.Module, image_size: tuple[int, int]) -> ModuleCount:
+    """Count a module that takes images (1, 3, h, w), `image_size` being (h, w), by running a copy of it in eval mode.
+
+    The run is on the module's own device: a module on the meta device is counted without computing anything, one on the
+    CPU may read values on its way. Attention is forced into plain matmuls: PyTorch's counter gives its fused CPU
+    kernels no operations at all.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    copied = copy.deepcopy(model).eval().requires_grad_(False)  # the counter's tracking of modules fails on gradients
+    parameter = next(copied.parameters(), torch.empty(0))
+    image = torch.zeros(1, 3, *image_size, dtype=parameter.dtype, device=parameter.device)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # another fused kernel without a count
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            copied(image)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    flops = counter.get_total_flops()
+    return ModuleCount(sum(p.numel() for p in copied.parameters()), flops // 2, flops)
+
+
+def _conv_macs(graph: _Graph, node: onnx.NodeProto) -> int:
+    """Output elements times the kernel of one output channel; the weight (m, c/groups, k...) knows the groups."""
+    return graph.elements(node, node.output[0]) * math.prod(graph.shape(node, node.input[1])[1:])
+
+
+def _gemm_macs(graph: _Graph, node: onnx.NodeProto) -> int:
+    """Output elements times the length of the sums: the columns of A, or its rows if A is transposed."""
+    transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+    return graph.elements(node, node.output[0]) * graph.shape(node, node.input[0])[0 if transposed else 1]
+
+
+def _matmul_macs(graph: _Graph, node: onnx.NodeProto) -> int:
+    """Output elements, batched or broadcast as they may be, times the length of the sums."""
+    return graph.elements(node, node.output[0]) * graph.shape(node, node.input[0])[-1]
+
+
+COUNTERS: dict[str, Callable[[_Graph, onnx.NodeProto], int]] = {
+    "Conv": _conv_macs,
+    "Gemm": _gemm_macs,
+    "MatMul": _matmul_macs,
+}
+
+
+def _kind(node: onnx.NodeProto) -> str:
+    """Return "Conv", or with its domain "com.example.Conv"."""
+    return node.op_type if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
+
+
+def _live_nodes(graph: _Graph) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes that depend on an input, and those of unknown kind, which may make up values of their own."""
+    constant = set(graph.stored)
+    for node in graph.nodes:
+        known = _kind(node) in PLAIN or _kind(node) in COUNTERS
+        if known and all(name in constant for name in node.input if name):
+            constant.update(node.output)
+        else:
+            yield node
+
+
+def _parameters(graph: _Graph) -> int:
+    """Count stored floating-point elements, and integer ones that a DequantizeLinear turns into weights."""
+    quantizers = [node for node in graph.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    scales = {name for node in quantizers for name in node.input[1:]}
+    weights = {node.input[0] for node in quantizers if node.op_type == "DequantizeLinear"}
+    return sum(
+        graph.tensors[name].elements or 0
+        for name in graph.stored
+        if name in weights or (graph.tensors[name].dtype.is_floating_point() and name not in scales)
+    )
+
+
+def _load(path: Path) -> onnx.ModelProto:
+    try:
+        model = onnx.load(path)
+    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
+        raise ArtifactError(f"{path}: expected a readable ONNX file ({error})") from error
+    if not model.graph.node:  # an empty file is read without complaint
+        raise ArtifactError(f"{path}: expected a readable ONNX file (it holds no graph)")
+    return model
+
+
+def _fix_batch(model: onnx.ModelProto) -> list[str]:
+    """Set the unknown first dimension of every input to 1 in place, forget shapes that used it, and say so."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    notes = []
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name not in stored and len(dims) and not dims[0].HasField("dim_value"):
+            notes.append(f"dynamic batch {dims[0].dim_param or '?'!r} of input {value.name!r} counted as 1")
+            dims[0].dim_value = 1
+    if notes:
+        fixed = [value for value in model.graph.value_info if _is_static(value)]
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(fixed)
+        for value in model.graph.output:
+            for dim in value.type.tensor_type.shape.dim:
+                dim.ClearField("dim_param")
+    return notes
+
+
+def _infer(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Inline the model's own functions and fill in the shapes; raise ExportError where they contradict each other."""
+    try:
+        inlined = inliner.inline_local_functions(model) if model.functions else model
+        return shape_inference.infer_shapes(inlined, strict_mode=True, data_prop=True)
+    except (shape_inference.InferenceError, ValueError) as error:
+        raise ExportError(f"graph {model.graph.name!r}: shape inference failed: {error}") from error
+
+
+def _typed(*values: onnx.ValueInfoProto) -> Iterator[tuple[str, _Tensor]]:
+    """Yield name and tensor of each value that is a tensor of known type and rank."""
+    for value in values:
+        kind = value.type.tensor_type
+        if kind.elem_type and kind.HasField("shape"):
+            dims = (dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in kind.shape.dim)
+            yield value.name, _Tensor(onnx_ir.DataType(kind.elem_type), tuple(dims))
+
+
+def _is_static(value: onnx.ValueInfoProto) -> bool:
+    return all(dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim)

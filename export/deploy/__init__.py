@@ -1,0 +1,49 @@
+"""The deploy form: exact rewrites of the reference module, in one order, each with its certificate."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from edgevit.specs import Certificate
+
+from .batchnorm import fold_batchnorm
+from .bridges import channel_first_bridges
+from .certificate import DeploySpec, Rewrite, certify
+from .channel_shuffle import densify_pointwise
+from .dynamic_relu import clip_slopes
+from .former import masked_former
+from .hidden_branches import branch_hidden
+from .token_stream import merge_token_stream
+
+__all__ = ["REWRITES", "DeploySpec", "deploy"]
+
+REWRITES: tuple[Rewrite, ...] = (
+    fold_batchnorm,  # first: every later rewrite moves convolution weights and needs the shift beside them
+    densify_pointwise,  # before clip_slopes: it reorders the hyper network's own last Linear
+    clip_slopes,
+    channel_first_bridges,
+    masked_former,
+    branch_hidden,  # after densify_pointwise (no shuffle inside a bottleneck) and clip_slopes (it splits the slopes)
+    merge_token_stream,  # last: it merges across what the others left behind
+)
+
+
+def deploy(model: nn.Module, spec: DeploySpec) -> tuple[nn.Module, list[Certificate]]:
+    """The deploy form of `model` for one input shape, float32, and the certificates of the rewrites that applied.
+
+    The rewrites run in float64, so that folding rounds once, at the end. `model` is not changed.
+
+    Raises:
+        ExportError: a rewrite did not keep the function.
+    """
+    certificates = []
+    with torch.no_grad():
+        form = copy.deepcopy(model).eval().double().requires_grad_(False)
+        for rewrite in REWRITES:
+            form, certificate = certify(rewrite, form, spec)
+            if certificate is not None:
+                certificates.append(certificate)
+        return form.float(), certificates

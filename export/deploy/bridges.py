@@ -1,0 +1,87 @@
+"""The two bridges with the feature map left channel first: no transpose of a map, no scaling, one clip for the gate."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from edgevit.models.mobile_former import BRIDGE_HEADS, FormerToMobile, MobileToFormer
+
+from .certificate import Changed, DeploySpec
+from .linear import affine, make_linear, stack
+
+
+def channel_first_bridges(model: nn.Module, spec: DeploySpec) -> Changed:
+    """Fold scales and gate into the projections and merge projections that read the same tokens.
+
+    Given:  q, gate = Linear(z), Linear(z); softmax(scale q x) x^T * 2 clip(gate + 3, 0, 6) / 6   (Mobile->Former)
+            k, v = Linear(z), Linear(z); x + (softmax(scale x^T k^T) v)^T                         (Mobile<-Former)
+    Result: q, gate = one Linear; softmax(q x) x^T * clip(gate, 0, 2)
+            k, v = one Linear; x + v^T softmax(k x), softmax over the tokens, x never transposed
+    """
+    places = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, MobileToFormer):
+                setattr(parent, name, ChannelFirstMobileToFormer(child))
+                places += 1
+            elif isinstance(child, FormerToMobile):
+                setattr(parent, name, ChannelFirstFormerToMobile(child))
+                places += 1
+    return model, places, ()
+
+
+def split_heads(projected: Tensor, tokens: int, parts: int) -> tuple[Tensor, ...]:
+    """(n t, parts c) -> parts of (n, k, t, c/k)."""
+    heads = parts * BRIDGE_HEADS
+    by_head = projected.reshape(-1, tokens, heads, projected.shape[-1] // heads).transpose(1, 2)
+    return by_head.split(BRIDGE_HEADS, dim=1)
+
+
+def map_heads(x: Tensor) -> Tensor:
+    """(n, c, h, w) -> (n, k, c/k, h w), the same memory."""
+    _, channels, height, width = x.shape
+    return x.reshape(-1, BRIDGE_HEADS, channels // BRIDGE_HEADS, height * width)
+
+
+class ChannelFirstMobileToFormer(nn.Module):
+    """Mobile->Former; `queries` yields scaled queries, then gates."""
+
+    def __init__(self, bridge: MobileToFormer) -> None:
+        super().__init__()
+        gate = bridge.alpha[0]
+        if not isinstance(gate, nn.Linear):
+            raise TypeError(f"expected the gate's Linear, got {type(gate).__name__}")
+        self.queries = stack(affine(bridge.q, bridge.scale), affine(gate, 1 / 3, 1.0))  # 2 hsig(y) = clip(y/3 + 1, 0, 2)
+        self.proj = make_linear(bridge.proj.weight, bridge.proj.bias)
+        self.layer_norm = bridge.layer_norm
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, c, h, w), z (n, t, d) -> tokens (n, t, d), scores (n, k, t, h, w)."""
+        q, gate = split_heads(self.queries(z.flatten(0, 1)), z.shape[1], parts=2)
+        out, scores = gather_from_map(map_heads(x), q, gate.clamp(0, 2))
+        return self.layer_norm(z + self.proj(out.unflatten(0, (-1, z.shape[1])))), scores.unflatten(3, x.shape[-2:])
+
+
+class ChannelFirstFormerToMobile(nn.Module):
+    """Mobile<-Former; `keys_values` yields scaled keys, then values."""
+
+    def __init__(self, bridge: FormerToMobile) -> None:
+        super().__init__()
+        self.keys_values = stack(affine(bridge.k, bridge.scale), bridge.proj)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x (n, c, h, w), z (n, t, d) -> (n, c, h, w)."""
+        k, v = split_heads(self.keys_values(z.flatten(0, 1)), z.shape[1], parts=2)
+        return scatter_to_map(map_heads(x), k, v).reshape(x.shape)
+
+
+def gather_from_map(x: Tensor, q: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """x (n, k, c/k, hw), q and clipped gate (n, k, t, c/k) -> gated attention output (n t, c), scores (n, k, t, hw)."""
+    scores = q @ x
+    out = scores.softmax(-1) @ x.transpose(2, 3) * gate  # n k t c/k
+    return out.transpose(1, 2).reshape(-1, BRIDGE_HEADS * x.shape[2]), scores  # n t k c/k -> n*t c
+
+
+def scatter_to_map(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """x (n, k, c/k, hw), k and v (n, k, t, c/k) -> x + attention output, same shape."""
+    return x + v.transpose(2, 3) @ (k @ x).softmax(2)
