@@ -1,4 +1,4 @@
-"""Graph passes on the captured ONNX model, on onnx_ir's pass contract: `PassResult(model, modified)`, idempotent.
+"""Graph passes on the captured ONNX model, on onnx_ir's contract: in place, idempotent, `PassResult(model, modified)`.
 
 `CLEANUP` holds for every target. `CPU_KERNELS` changes the form of operators that ONNX Runtime's CPU kernels run
 slowly; other targets keep the standard form, which their compilers fuse.
@@ -15,96 +15,145 @@ from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
 SHORT_AXIS = 16  # entries: below it a softmax kernel spends its time on row overhead, not on exponentials
-LONG_ROWS = int(__import__('os').environ.get('LR','4096'))  # elements: below it five small operators cost more than the slow softmax; measured, see README
-GEMM_POSITIONS = int(__import__('os').environ.get('GP','196'))  # positions (14x14) from which a Gemm on channel-first data beats the blocked convolution
+LARGE_SOFTMAX = 4096  # elements from which five small operators beat the slow softmax (35 against 172 us at 37,632)
+BLOCK = 16  # channels: ONNX Runtime's blocked convolutions want multiples of it on a 512-bit machine
+MANY_POSITIONS = 196  # 14x14, from which a Gemm on channel-first data beats a convolution of unaligned channels
+
+
+class GemmTranspose(passes.InPlacePass):
+    """Fold a transposed left operand into the Gemm that reads it.
+
+    Given:  Gemm(Transpose(a), b, c)
+    Result: Gemm(a, b, c, transA=1)
+    """
+
+    def call(self, model: ir.Model) -> passes.PassResult:
+        """Apply the pass to the main graph."""
+        modified = False
+        for node in model.graph:
+            source = node.inputs[0].producer() if node.op_type == "Gemm" and node.inputs[0] is not None else None
+            if source is not None and source.op_type == "Transpose" and len(source.attributes.get_ints("perm", [])) == 2:
+                node.replace_input_with(0, source.inputs[0])
+                node.attributes["transA"] = ir.AttrInt64("transA", 1 - node.attributes.get_int("transA", 0))
+                modified = True
+        return passes.PassResult(model, modified)
 
 
 class ShortSoftmax(passes.InPlacePass):
     """Softmax over a short axis that is not the last, from elementwise operators.
 
     Given:  Softmax(x, axis) with fewer than SHORT_AXIS entries on an inner axis of a large tensor
-    Result: e = Exp(x - ReduceMax(x, axis)); e / ReduceSum(e, axis), the definition with its own overflow guard
+    Result: e = Exp(x - ReduceMax(x, axis)); e / ReduceSum(e, axis): the definition, with its guard against overflow
     """
 
     def call(self, model: ir.Model) -> passes.PassResult:
-        modified = False
-        for node in list(model.graph):
-            if node.op_type == "Softmax" and (axis := _short_axis(node)) is not None:
-                _replace(node, _softmax_parts(node, axis))
-                modified = True
-        return passes.PassResult(model, modified)
+        """Apply the pass to the main graph."""
+        found = [(node, axis) for node in model.graph if (axis := _short_axis(node)) is not None]
+        for node, axis in found:
+            _replace(node, _softmax_parts(node, axis))
+        return passes.PassResult(model, bool(found))
 
 
 def _short_axis(node: ir.Node) -> int | None:
-    """The softmax axis where the rewrite pays, else None."""
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    if shape is None:
+    """The axis of a softmax for which the rewrite pays, else None."""
+    x = node.inputs[0] if node.op_type == "Softmax" else None
+    if x is None or x.shape is None:
         return None
-    axis = node.attributes.get_int("axis", -1) % len(shape)
-    lengths = [d if isinstance(d, int) else 1 for d in shape]  # a dynamic batch counts as one
-    pays = axis < len(shape) - 1 and lengths[axis] < SHORT_AXIS and int(np.prod(lengths)) >= LONG_ROWS
+    axis = node.attributes.get_int("axis", -1) % len(x.shape)
+    lengths = [d if isinstance(d, int) else 1 for d in x.shape]  # a dynamic batch counts as one
+    pays = axis < len(lengths) - 1 and lengths[axis] < SHORT_AXIS and int(np.prod(lengths)) >= LARGE_SOFTMAX
     return axis if pays else None
 
 
 def _softmax_parts(node: ir.Node, axis: int) -> Tape:
-    tape = Tape()
-    x, axes = node.inputs[0], tape.initializer(ir.tensor(np.array([axis]), name=f"{node.outputs[0].name}_axis"))
+    tape, x = Tape(), node.inputs[0]
+    axes = _constant(tape, f"{node.outputs[0].name}_axis", [axis])
     exponents = tape.op("Exp", [tape.op("Sub", [x, tape.op("ReduceMax", [x, axes])])])
     tape.op("Div", [exponents, tape.op("ReduceSum", [exponents, axes])])
     return tape
 
 
 class PointwiseGemm(passes.InPlacePass):
-    """A pointwise convolution of one picture as a Gemm on channel-first data.
+    """A pointwise convolution of one picture as a Gemm on channel-first data, where its channels fill no whole blocks.
 
-    Given:  Conv(x, w, b), kernel 1x1, stride 1, one group, batch 1, at least GEMM_POSITIONS positions
-    Result: Reshape to (c, h w), Gemm(w, x, b), Reshape back: no reordering into blocked channels
+    Given:  Conv(x, w, b), kernel 1x1, stride 1, one group, batch 1, channels not multiples of BLOCK
+    Result: Reshape to (c, h w), Gemm(w, x, b), Reshape back
     """
 
     def call(self, model: ir.Model) -> passes.PassResult:
-        modified = False
-        for node in list(model.graph):
-            if node.op_type == "Conv" and _is_pointwise(node):
-                _replace(node, _gemm_parts(node))
-                modified = True
-        return passes.PassResult(model, modified)
+        """Apply the pass to the main graph."""
+        found = [node for node in model.graph if _is_unaligned_pointwise(node)]
+        for node in found:
+            _replace(node, _gemm_parts(node))
+        return passes.PassResult(model, bool(found))
 
 
-def _is_pointwise(node: ir.Node) -> bool:
+def _is_unaligned_pointwise(node: ir.Node) -> bool:
+    if node.op_type != "Conv" or node.attributes.get_int("group", 1) != 1:
+        return False
     x, w = node.inputs[0], node.inputs[1]
-    if x is None or w is None or x.shape is None or w.const_value is None or w.shape is None:
+    if x is None or w is None or x.shape is None or w.const_value is None:
         return False
-    dims, strides = list(x.shape), node.attributes.get_ints("strides", [1, 1])
-    if list(w.shape)[2:] != [1, 1] or list(strides) != [1, 1] or dims[0] != 1 or node.attributes.get_int("group", 1) != 1:
+    batch, _, height, width = x.shape
+    c_out, c_in, *kernel = w.const_value.shape.numpy()
+    strides = list(node.attributes.get_ints("strides", [1, 1]))
+    if batch != 1 or kernel != [1, 1] or strides != [1, 1] or not isinstance(height, int) or not isinstance(width, int):
         return False
-    if w.shape[0]%16==0 and w.shape[1]%16==0: return False
-    positions = dims[2] * dims[3] if isinstance(dims[2], int) and isinstance(dims[3], int) else 0
-    return positions >= GEMM_POSITIONS
+    import os; B=int(os.environ.get("MB","16"))
+    return min(c_in, c_out) < B and height * width >= MANY_POSITIONS
 
 
 def _gemm_parts(node: ir.Node) -> Tape:
     tape, name = Tape(), node.outputs[0].name
-    x, w = node.inputs[0], node.inputs[1]
-    channels, positions = w.shape[1], x.shape[2] * x.shape[3]
-    flat = tape.op("Reshape", [x, _shape(tape, f"{name}_flat", [channels, positions])])
-    matrix = tape.initializer(ir.tensor(w.const_value.numpy()[:, :, 0, 0], name=f"{w.name}_matrix"))
-    operands = [matrix, flat]
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        bias = node.inputs[2]
-        operands.append(tape.initializer(ir.tensor(bias.const_value.numpy()[:, None], name=f"{bias.name}_column")))
+    x, *weights = node.inputs
+    w = weights[0].const_value.numpy()[:, :, 0, 0]  # out in 1 1 -> out in
+    _, _, height, width = x.shape
+    flat = tape.op("Reshape", [x, _constant(tape, f"{name}_flat_shape", [w.shape[1], height * width])])
+    operands = [tape.initializer(ir.tensor(w, name=f"{name}_weight")), flat]
+    if len(weights) > 1 and weights[1] is not None:
+        column = weights[1].const_value.numpy()[:, None]  # out -> out 1, so that it spreads over the positions
+        operands.append(tape.initializer(ir.tensor(column, name=f"{name}_bias")))
     product = tape.op("Gemm", operands)
-    tape.op("Reshape", [product, _shape(tape, f"{name}_map", [1, w.shape[0], x.shape[2], x.shape[3]])])
+    tape.op("Reshape", [product, _constant(tape, f"{name}_shape", [1, w.shape[0], height, width])])
     return tape
 
 
-def _shape(tape: Tape, name: str, lengths: Sequence[int]) -> ir.Value:
-    return tape.initializer(ir.tensor(np.array(lengths, dtype=np.int64), name=name))
+def _constant(tape: Tape, name: str, values: Sequence[int]) -> ir.Value:
+    return tape.initializer(ir.tensor(np.array(values, dtype=np.int64), name=name))
 
 
 def _replace(node: ir.Node, tape: Tape) -> None:
     """Put the recorded nodes where `node` stood; the last one takes over its output."""
-    graph, last = node.graph, tape.nodes[-1]
+    graph, last = node.graph, tape.nodes[-1].outputs[0]
     for value in tape.initializers:
         graph.register_initializer(value)
-    last.outputs[0].shape, last.outputs[0].dtype = node.outputs[0].shape, node.outputs[0].dtype
-    ir.convenience.replace_nodes_and_values(graph, node, [node], list(tape.nodes), node.outputs, last.outputs)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], list(tape.nodes), node.outputs, [last])
+
+
+CLEANUP: tuple[ir.passes.PassBase, ...] = (
+    common.IdentityEliminationPass(),
+    common.CommonSubexpressionEliminationPass(),
+    common.LiftConstantsToInitializersPass(),
+    GemmTranspose(),
+    common.DeduplicateInitializersPass(),  # after lifting: shape constants become equal initializers
+    common.RemoveUnusedNodesPass(),
+)
+
+CPU_KERNELS: tuple[ir.passes.PassBase, ...] = (
+    ShortSoftmax(),
+    PointwiseGemm(),
+    common.DeduplicateInitializersPass(),
+    common.RemoveUnusedNodesPass(),
+)
+
+FINISH: tuple[ir.passes.PassBase, ...] = (
+    common.ClearMetadataAndDocStringPass(),  # the exporter leaves stack traces: paths of the exporting machine
+    common.ShapeInferencePass(),
+    common.CheckerPass(),
+)
+
+
+def run(model: ir.Model, sequence: Sequence[ir.passes.PassBase]) -> ir.Model:
+    """Apply the passes once, in order."""
+    result: ir.Model = ir.passes.Sequential(*sequence)(model).model
+    return result

@@ -12,7 +12,7 @@ from edgevit.specs import Certificate
 from .batchnorm import fold_batchnorm
 from .bridges import channel_first_bridges
 from .certificate import DeploySpec, Rewrite, certify
-from .channel_shuffle import densify_pointwise
+from .channel_shuffle import densify_pointwise, gather_shuffle
 from .dynamic_relu import clip_slopes
 from .former import masked_former
 from .hidden_branches import branch_hidden
@@ -27,6 +27,7 @@ REWRITES: tuple[Rewrite, ...] = (
     channel_first_bridges,
     masked_former,
     branch_hidden,  # after densify_pointwise (no shuffle inside a bottleneck) and clip_slopes (it splits the slopes)
+    gather_shuffle,  # the shuffles that densify_pointwise and branch_hidden left
     merge_token_stream,  # last: it merges across what the others left behind
 )
 

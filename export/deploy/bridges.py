@@ -15,8 +15,9 @@ def channel_first_bridges(model: nn.Module, spec: DeploySpec) -> Changed:
 
     Given:  q, gate = Linear(z), Linear(z); softmax(scale q x) x^T * 2 clip(gate + 3, 0, 6) / 6   (Mobile->Former)
             k, v = Linear(z), Linear(z); x + (softmax(scale x^T k^T) v)^T                         (Mobile<-Former)
-    Result: q, gate = one Linear; softmax(q x) x^T * clip(gate, 0, 2)
-            k, v = one Linear; x + v^T softmax(k x), softmax over the tokens, x never transposed
+    Result: q, gate = one Linear; x softmax(q^T x)^T * clip(gate, 0, 2)
+            k, v = one Linear; x + v softmax(k^T x), softmax over the tokens
+            with x, q, k, v, gate as (c/k, positions or t): no map is transposed, tokens only once, together
     """
     places = 0
     for parent in list(model.modules()):
@@ -31,9 +32,9 @@ def channel_first_bridges(model: nn.Module, spec: DeploySpec) -> Changed:
 
 
 def split_heads(projected: Tensor, tokens: int, parts: int) -> tuple[Tensor, ...]:
-    """(n t, parts c) -> parts of (n, k, t, c/k)."""
+    """(n t, parts c) -> parts of (n, k, c/k, t)."""
     heads = parts * BRIDGE_HEADS
-    by_head = projected.reshape(-1, tokens, heads, projected.shape[-1] // heads).transpose(1, 2)
+    by_head = projected.reshape(-1, tokens, heads, projected.shape[-1] // heads).permute(0, 2, 3, 1)
     return by_head.split(BRIDGE_HEADS, dim=1)
 
 
@@ -59,7 +60,7 @@ class ChannelFirstMobileToFormer(nn.Module):
         """x (n, c, h, w), z (n, t, d) -> tokens (n, t, d), scores (n, k, t, h, w)."""
         q, gate = split_heads(self.queries(z.flatten(0, 1)), z.shape[1], parts=2)
         out, scores = gather_from_map(map_heads(x), q, gate.clamp(0, 2))
-        return self.layer_norm(z + self.proj(out.unflatten(0, (-1, z.shape[1])))), scores.unflatten(3, x.shape[-2:])
+        return self.layer_norm(z + self.proj(out.reshape(-1, z.shape[1], x.shape[1]))), scores.unflatten(3, x.shape[-2:])
 
 
 class ChannelFirstFormerToMobile(nn.Module):
@@ -76,12 +77,18 @@ class ChannelFirstFormerToMobile(nn.Module):
 
 
 def gather_from_map(x: Tensor, q: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """x (n, k, c/k, hw), q and clipped gate (n, k, t, c/k) -> gated attention output (n t, c), scores (n, k, t, hw)."""
-    scores = q @ x
-    out = scores.softmax(-1) @ x.transpose(2, 3) * gate  # n k t c/k
-    return out.transpose(1, 2).reshape(-1, BRIDGE_HEADS * x.shape[2]), scores  # n t k c/k -> n*t c
+    """Mobile->Former attention: K = V = x.
+
+    x (n, k, c/k, hw), q and clipped gate (n, k, c/k, t) -> gated output (n t, c), scores (n, k, t, hw).
+    """
+    scores = q.transpose(2, 3) @ x
+    out = (x @ scores.softmax(-1).transpose(2, 3)) * gate  # n k c/k t
+    channels, tokens = x.shape[1] * x.shape[2], q.shape[3]
+    if x.shape[0] == 1:
+        return out.reshape(channels, tokens).t(), scores
+    return out.reshape(-1, channels, tokens).transpose(1, 2).reshape(-1, channels), scores  # n t c -> n*t c
 
 
 def scatter_to_map(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """x (n, k, c/k, hw), k and v (n, k, t, c/k) -> x + attention output, same shape."""
-    return x + v.transpose(2, 3) @ (k @ x).softmax(2)
+    """Mobile<-Former attention: x (n, k, c/k, hw), k and v (n, k, c/k, t) -> x + output, same shape."""
+    return x + v @ (k.transpose(2, 3) @ x).softmax(2)

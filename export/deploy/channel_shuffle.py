@@ -52,6 +52,31 @@ def densify_pointwise(model: nn.Module, spec: DeploySpec) -> Changed:
     return model, places, ("grouped pointwise convolutions made dense",)
 
 
+def gather_shuffle(model: nn.Module, spec: DeploySpec) -> Changed:
+    """Where grouped convolutions stay, a shuffle is one Gather of whole channels.
+
+    Given:  ChannelShuffle: reshape to (n, g, c/g, h, w), transpose, reshape back
+    Result: ChannelGather: x[:, order]
+    """
+    found = [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, ChannelShuffle)]
+    for parent, name in found:
+        setattr(parent, name, ChannelGather(getattr(parent, name)))
+    return model, len(found), ()
+
+
+class ChannelGather(nn.Module):
+    """A channel shuffle by index; the index is made when the number of channels is known."""
+
+    def __init__(self, shuffle: ChannelShuffle) -> None:
+        super().__init__()
+        self.groups = shuffle.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) -> (n, c, h, w)."""
+        order = torch.arange(x.shape[1], device=x.device).view(self.groups, -1).t().reshape(-1)
+        return x.index_select(1, order)
+
+
 def _order(shuffle: nn.Module, channels: int) -> Tensor:
     """out[i] = in[order[i]], as the shuffle does it; the identity where there is none."""
     positions = torch.arange(channels)

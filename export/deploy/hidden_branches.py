@@ -73,21 +73,23 @@ class _Stage:
 
 
 class Depthwise(nn.Module):
-    """One branch of a depthwise stage with multiplier m: `picks` are its output channels in the reference's order."""
+    """One branch of a depthwise stage with multiplier m: `picks` are its output channels in the reference's order.
 
-    def __init__(self, conv: nn.Conv2d, copies: range, stage: _Stage) -> None:
+    With `shuffled` they are copy by copy, which is the order that the shuffle after a depthwise stage makes.
+    """
+
+    def __init__(self, conv: nn.Conv2d, copies: range, stage: _Stage, *, shuffled: bool = False) -> None:
         super().__init__()
         channels = conv.in_channels
         grid = torch.arange(conv.out_channels).view(channels, -1)[:, copies.start : copies.stop]  # c, copies
-        wide = stage.positions >= WIDE_MAP and channels % LANES == 0
-        self.tiles = 1
-        if len(copies) > 1 and stage.stride > 1 and not wide:
+        wide = stage.positions >= WIDE_MAP
+        if len(copies) > 1 and stage.stride > 1 and not wide and not shuffled:
             # Copying a map of which the stride drops three quarters costs more than the slow kernel.
-            self.picks = grid.reshape(-1)
+            self.picks, self.tiles = grid.reshape(-1), 1
             parts = [self.picks]
         else:
             self.picks = grid.t().reshape(-1)  # copy by copy
-            self.tiles = 1 if wide else len(copies)
+            self.tiles = 1 if wide or stage.stride > 1 else len(copies)
             parts = list(self.picks.split(channels * self.tiles))
         groups = channels * self.tiles
         self.convs = nn.ModuleList(make_conv(conv, conv.weight[p], _bias(conv)[p], groups) for p in parts)
@@ -103,15 +105,19 @@ class Depthwise(nn.Module):
 class DepthwiseBranches(nn.Module):
     """depthwise -> activation -> pointwise, summed over branches of the multiplier's copies."""
 
-    def __init__(self, depthwise: nn.Conv2d, pointwise: nn.Conv2d, stage: _Stage) -> None:
+    def __init__(self, first: nn.Sequential, second: nn.Sequential, stage: _Stage) -> None:
         super().__init__()
+        depthwise, pointwise = _conv(first[0]), _conv(second[0])
         multiplier = depthwise.out_channels // depthwise.in_channels
-        count = stage.branches(depthwise.out_channels, multiplier)
-        step = multiplier // count
-        self.depthwise = nn.ModuleList(
-            Depthwise(depthwise, range(s, s + step), stage) for s in range(0, multiplier, step)
-        )
-        self.picks = [branch.picks for branch in self.depthwise]
+        if pointwise.groups > 1:  # its groups cut across the branches: one branch, the shuffle absorbed
+            self.picks = [torch.arange(depthwise.out_channels)]
+            self.depthwise = nn.ModuleList([Depthwise(depthwise, range(multiplier), stage, shuffled=True)])
+            self.pointwise = nn.ModuleList([pointwise])
+            return
+        step = multiplier // stage.branches(depthwise.out_channels, multiplier)
+        branches = [Depthwise(depthwise, range(s, s + step), stage) for s in range(0, multiplier, step)]
+        self.picks = [branch.picks for branch in branches]
+        self.depthwise = nn.ModuleList(branches)
         self.pointwise = nn.ModuleList(_project(pointwise, picks, first=i == 0) for i, picks in enumerate(self.picks))
 
     def forward(self, x: Tensor, slopes: Sequence[Slopes]) -> Tensor:
@@ -123,9 +129,16 @@ class DepthwiseBranches(nn.Module):
 class PointwiseBranches(nn.Module):
     """pointwise -> activation -> depthwise -> activation -> pointwise, summed over branches."""
 
-    def __init__(self, expand: nn.Conv2d, depthwise: nn.Conv2d, project: nn.Conv2d, stage: _Stage) -> None:
+    def __init__(self, block: PointwiseFirst, stage: _Stage) -> None:
         super().__init__()
+        expand, depthwise, project = (_conv(chain[0]) for chain in (block.conv1, block.conv2, block.conv3))
         hidden = expand.out_channels
+        if expand.groups > 1:  # its shuffle mixes the branches: one branch, as it is
+            self.picks = [torch.arange(hidden)]
+            self.expand, self.depthwise, self.project = (
+                nn.ModuleList([chain]) for chain in (block.conv1, block.conv2, block.conv3)
+            )
+            return
         units = hidden // LANES if hidden % LANES == 0 else hidden
         self.picks = list(torch.arange(hidden).chunk(stage.branches(hidden, units)))
         self.expand = nn.ModuleList(make_conv(expand, expand.weight[p], _bias(expand)[p]) for p in self.picks)
@@ -148,8 +161,8 @@ class LiteBranches(nn.Module):
 
     def __init__(self, chain: nn.Sequential, stage: _Stage) -> None:
         super().__init__()
-        depthwise, self.activation, pointwise = (layer for layer in chain if not isinstance(layer, nn.Identity))
-        branches = DepthwiseBranches(_conv(depthwise), _conv(pointwise), stage)
+        depthwise, self.activation, *_, pointwise = chain
+        branches = DepthwiseBranches(nn.Sequential(depthwise), nn.Sequential(pointwise), stage)
         self.depthwise, self.pointwise = branches.depthwise, branches.pointwise
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,19 +176,20 @@ class BranchedBlock(nn.Module):
 
     def __init__(self, block: PointwiseFirst | DepthwiseFirst, stage: _Stage) -> None:
         super().__init__()
+        self.stride = stage.stride
         self.local_global, self.global_block, self.global_local = (
             block.local_global, block.global_block, block.global_local
         )  # fmt: skip
         if isinstance(block, PointwiseFirst):
             self.residual = block.residual
             self.hyper1, self.hyper2 = _clipped(block.hyper1), _clipped(block.hyper2)
-            self.bottleneck = PointwiseBranches(_conv(block.conv1[0]), _conv(block.conv2[0]), _conv(block.conv3[0]), stage)
+            self.bottleneck = PointwiseBranches(block, stage)
             self.picks1 = self.picks2 = self.bottleneck.picks
         else:
             self.residual = False
             self.hyper1, self.hyper2 = _clipped(block.hyper1), _clipped(block.hyper3)
-            self.down = DepthwiseBranches(_conv(block.conv1[0]), _conv(block.conv2[0]), stage)
-            self.refine = DepthwiseBranches(_conv(block.conv3[0]), _conv(block.conv4[0]), stage.next())
+            self.down = DepthwiseBranches(block.conv1, block.conv2, stage)
+            self.refine = DepthwiseBranches(block.conv3, block.conv4, stage.next())
             self.picks1, self.picks2 = self.down.picks, self.refine.picks
         self.hyper1.reorder(torch.cat(self.picks1))
         self.hyper2.reorder(torch.cat(self.picks2))
@@ -190,8 +204,7 @@ class BranchedBlock(nn.Module):
 
     def out_size(self, x: Tensor) -> tuple[int, int]:
         """Height and width of the map after this block."""
-        stride = 1 if hasattr(self, "bottleneck") else self.down.depthwise[0].convs[0].stride[0]
-        return x.shape[2] // stride, x.shape[3] // stride
+        return x.shape[2] // self.stride, x.shape[3] // self.stride
 
     def slopes(self, theta: Tensor) -> tuple[list[Slopes], list[Slopes]]:
         """theta (n, 2e1 + 2e2, ...), both hyper networks' outputs -> slopes by branch for both activations."""
