@@ -11,8 +11,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgevit.errors import UsageError
@@ -244,3 +244,45 @@ def _collector_off() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def measure_loads(
+    load: Callable[[], AbstractContextManager[Sequence[Contestant]]],
+    loads: int,
+    settings: BenchSettings | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress = lambda fraction, text: None,
+) -> BenchReport:
+    """`loads` races, each with freshly loaded contestants that share the duration; their rounds are pooled.
+
+    One load of a model may be a percent faster than the next for as long as it lives; pooling several makes that part
+    of the result instead of a bias.
+    """
+    settings = settings or BenchSettings()
+    share = replace(settings, duration_s=settings.duration_s / loads, max_duration_s=settings.max_duration_s / loads)
+    reports = []
+    for i in range(loads):
+        with load() as contestants:
+            part = replace(share, seed=settings.seed + i)
+            reports.append(measure(contestants, part, clock, lambda f, text, i=i: progress((i + f) / loads, text)))
+    results = tuple(_pooled(parts, settings) for parts in zip(*(r.results for r in reports), strict=True))
+    warnings = tuple(dict.fromkeys(w for r in reports for w in r.warnings))
+    comparisons = tuple(compare(results[0], other, settings.seed) for other in results[1:])
+    return BenchReport(results, comparisons, warnings, sum(r.rounds for r in reports), settings.seed, reports[-1].stopped_by)
+
+
+def _pooled(parts: Sequence[LatencyResult], settings: BenchSettings) -> LatencyResult:
+    """One contestant's results from several loads; rounds keep counting from load to load."""
+    samples, rounds, offset = [], [], 0
+    for part in parts:
+        samples += part.samples_ms
+        rounds += [r + offset for r in part.rounds]
+        offset += max(part.rounds, default=-1) + 1
+    return replace(
+        parts[0],
+        samples_ms=tuple(samples),
+        rounds=tuple(rounds),
+        latency_ms=latency_percentiles(samples, settings.percentiles),
+        warmup_runs=sum(p.warmup_runs for p in parts),
+        discarded_runs=sum(p.discarded_runs for p in parts),
+    )

@@ -6,7 +6,7 @@ Units stand in the names (`latency_ms`, `size_bytes`). Every record turns into J
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from edgevit.errors import UsageError
 
@@ -63,7 +63,8 @@ class ExportSpec:
     image_size: tuple[int, int] | None = None
     batch: Batch = 1
     features_only: bool = False
-    options: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    pointwise: Literal["auto", "dense", "grouped"] = "auto"
     seed: int = 0
 
 

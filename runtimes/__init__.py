@@ -1,4 +1,8 @@
-"""A runtime runs one model file: load, run, close."""
+"""A runtime runs one model: load, run, close. Used through `Session`, which checks in one place."""
 
 if __name__ != "edgevit.runtimes":
     raise ImportError("this folder is the package edgevit.runtimes: import that name")
+
+from .session import Session
+
+__all__ = ["Session"]

@@ -12,13 +12,14 @@ Symbols: n batch, c channels, h w height and width, t tokens, d token width, k h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from edgevit.specs import ModelCard
 
 BRIDGE_HEADS = 2
 FORMER_HEADS = 4
@@ -371,4 +372,61 @@ CONFIGS = {
     "mobileformer_508m": MobileFormerConfig(24, 6, 192, 1920, rows=_rows(
         "D2,24,s1,0 D6,40,s2,4 S3,40,s1,3 D6,72,s2,4 S3,72,s1,3 D6,128,s2,4 S4,128,s1,4 S6,176,s1,4 S6,176,s1,4"
         " D6,240,s2,4 S6,240,s1,4 S6,240,s1,4")),
+}
+
+
+@dataclass(frozen=True)
+class MobileFormerOptions:
+    """What `--option` takes: `spatial_dynamic_relu` computes slopes per position from all tokens, same parameters."""
+
+    spatial_dynamic_relu: bool = False
+
+
+# name: parameters (exact), MACs at 224x224 (convolutions, linears, matmuls), the paper's top-1 in percent
+_FIGURES = {
+    "mobileformer_26m": (3_232_788, 23_550_208, 64.0),
+    "mobileformer_52m": (3_469_092, 49_290_496, 68.7),
+    "mobileformer_96m": (4_585_252, 92_017_040, 72.8),
+    "mobileformer_151m": (7_595_828, 146_249_168, 75.2),
+    "mobileformer_214m": (9_425_920, 208_374_240, 76.7),
+    "mobileformer_294m": (11_422_648, 286_732_160, 77.9),
+    "mobileformer_508m": (13_976_976, 498_467_680, 79.3),
+}
+
+OPTIONS = MobileFormerOptions
+CLASSIFIER = "classifier.classifier.1"
+HEAD_PREFIXES = ("local_global.", "classifier.")
+
+
+def build(name: str, options: MobileFormerOptions, *, num_classes: int, features_only: bool) -> MobileFormer:
+    """The reference form with its official initialisation."""
+    return MobileFormer(
+        CONFIGS[name],
+        num_classes=num_classes,
+        features_only=features_only,
+        spatial_dynamic_relu=options.spatial_dynamic_relu,
+    )
+
+
+def filter_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official checkpoints carry this file's names already."""
+    return state
+
+
+CARDS = {
+    name: ModelCard(
+        name=name,
+        family="mobile_former",
+        title="Mobile-Former: Bridging MobileNet and Transformer (CVPR 2022)",
+        url="https://arxiv.org/abs/2108.05895",
+        origin="https://github.com/AAboys/MobileFormer",
+        parameters=parameters,
+        macs=macs,
+        paper={"flops": f"{name.split('_')[1].upper()}", "imagenet_top1_percent": top1},
+        notes=(
+            "the paper's FLOPs are multiply-adds and count element-wise work too: 2 to 9 % above the MACs here",
+            "follows the official code where it departs from the paper: gated Mobile->Former bridge, K = V = Z Former",
+        ),
+    )
+    for name, (parameters, macs, top1) in _FIGURES.items()
 }

@@ -1,0 +1,60 @@
+# `make test` and `make demo` are all the set-up there is; `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+RUN := $(VENV)/bin/python -m
+
+MODEL := mobileformer_294m
+ARTIFACT := dist/$(MODEL)-onnx-fp32
+PHOTOGRAPH := edgevit/photos/astronaut.jpg
+MODELS := $(addprefix mobileformer_,26m 52m 96m 151m 214m 294m 508m)
+DURATION := 20
+
+.DELETE_ON_ERROR:
+.PHONY: help test lint demo bench-naive constraints clean distclean
+
+help: ## say what each target does
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+test: lint ## set up, then ruff, mypy and every test
+	$(RUN) pytest
+
+lint: $(READY) ## set up, then ruff and mypy
+	$(RUN) ruff check
+	$(RUN) mypy
+
+demo: $(READY) ## set up, then export a network, verify it, classify a photograph with it and time it
+	$(VENV)/bin/edgevit export $(MODEL) --to onnx --out dist --force
+	$(VENV)/bin/edgevit verify $(ARTIFACT)
+	$(VENV)/bin/edgevit run $(ARTIFACT) $(PHOTOGRAPH)
+	$(VENV)/bin/edgevit bench $(ARTIFACT) --threads 1
+
+bench-naive: $(READY) ## race each deploy form against the plain export of the same network
+	$(VENV)/bin/edgevit bench $(MODELS) --vs naive --threads 1 --duration $(DURATION)
+
+constraints: build/constraints/bin/python ## write constraints.txt anew: the newest versions that pyproject.toml allows
+	$< -m pip install --disable-pip-version-check --upgrade setuptools
+	$< -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager '.[test]'
+	grep '^#' constraints.txt > build/constraints.txt
+	$< -m pip freeze --all --exclude pip --exclude edgevit | sed 's/+.*//' >> build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+build/constraints/bin/python:
+	$(PYTHON) -m venv build/constraints
+
+clean: ## remove what builds, tests and the demo left; the environment stays
+	rm -rf build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find bench edgevit export runtimes tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment too
+	rm -rf $(VENV)
+
+# One environment, made anew only when what it is made from changes. Paths are relative: the checkout may lie anywhere.
+# setuptools comes first, from the same pins, so that the editable install builds with it and fetches nothing unpinned.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "edgevit needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt setuptools
+	$(RUN) pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	@touch $@

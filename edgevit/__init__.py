@@ -1,0 +1,57 @@
+"""edgevit: vision transformers on edge devices. Export, verify, run, benchmark.
+
+Importing this package imports neither PyTorch nor any runtime; the names below load what they need when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgevit.api import benchmark, doctor, export_model, info, list_models, load, predict, verify
+    from edgevit.artifact import Artifact
+    from edgevit.errors import EdgevitError
+    from edgevit.models import create_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Artifact": "edgevit.artifact",
+    "EdgevitError": "edgevit.errors",
+    "benchmark": "edgevit.api",
+    "create_model": "edgevit.models",
+    "doctor": "edgevit.api",
+    "export_model": "edgevit.api",
+    "info": "edgevit.api",
+    "list_models": "edgevit.api",
+    "load": "edgevit.api",
+    "predict": "edgevit.api",
+    "verify": "edgevit.api",
+}
+
+__all__ = [
+    "Artifact",
+    "EdgevitError",
+    "__version__",
+    "benchmark",
+    "create_model",
+    "doctor",
+    "export_model",
+    "info",
+    "list_models",
+    "load",
+    "predict",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgevit' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,5 @@
+"""`python -m edgevit`."""
+
+from edgevit.cli import main
+
+main()

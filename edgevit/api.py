@@ -1,0 +1,486 @@
+"""The one place where the folders meet: each verb of the command line is one function here, with the same errors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevit import __version__, inputs, registry
+from edgevit.artifact import Artifact, artifact_name, load_artifact, staged, write_manifest
+from edgevit.contracts import Built
+from edgevit.errors import ArtifactError, ParityError, RuntimeFailure, UnknownNameError, UsageError
+from edgevit.runtimes import Session
+from edgevit.specs import Batch, BenchReport, ExportSpec, ImageSpec, ModelCard, Parity, check_batch, check_image_size
+
+Progress = Callable[[float, str], None]  # share done, what is being done
+TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "pillow")
+
+
+def _silent(fraction: float, text: str) -> None:
+    """Progress that nobody watches."""
+
+
+def list_models(pattern: str = "*", family: str | None = None) -> list[str]:
+    """Names of the registered models that match a shell pattern, of one family or of all.
+
+    Raises:
+        UnknownNameError: no such family.
+    """
+    if family is not None and family not in registry.FAMILIES:
+        raise UnknownNameError("family", family, registry.FAMILIES)
+    of_family = None if family is None else registry.FAMILIES[family][1]
+    return [name for name in registry.model_names(pattern) if of_family is None or name in of_family]
+
+
+def info(model: str, image_size: tuple[int, int] | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What is known of a model: exact parameters, MACs and FLOPs at a size, the paper's figures, its options.
+
+    Raises:
+        UnknownNameError: no such model or option. UsageError: the size.
+    """
+    import torch
+
+    from edgevit.bench.complexity import count_module
+    from edgevit.models import model_card, parse_options
+
+    card = model_card(model)
+    size = check_image_size(image_size or card.image.size, card.size_multiple)
+    module = registry.family_of(model)[1]
+    chosen = parse_options(module.OPTIONS, model, options or {})
+    with torch.device("meta"):
+        count = count_module(module.build(model, chosen, num_classes=1000, features_only=False).eval(), size)
+    return {
+        "model": card.name,
+        "family": card.family,
+        "title": card.title,
+        "url": card.url,
+        "origin": card.origin,
+        "image_size": list(size),
+        "parameters": count.parameters,
+        "macs": count.macs,
+        "flops": count.flops,
+        "paper": dict(card.paper),
+        "options": {f.name: f.default for f in dataclasses.fields(module.OPTIONS)},
+        "targets": list(registry.TARGETS),
+        "notes": list(card.notes),
+    }
+
+
+def export_model(
+    model: str,
+    target: str,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    precision: str = "fp32",
+    image_size: tuple[int, int] | None = None,
+    batch: Batch = 1,
+    features_only: bool = False,
+    options: Mapping[str, Any] | None = None,
+    pointwise: Literal["auto", "dense", "grouped"] = "auto",
+    out: str | Path = "dist",
+    force: bool = False,
+    seed: int = 0,
+    command: str | None = None,
+    progress: Progress = _silent,
+) -> Artifact:
+    """Export a model and prove it equal to the reference on real pictures.
+
+    Args:
+        model, target: registered names. weights: a checkpoint; without it seeded random weights.
+        image_size: (height, width), default the model's own. batch: pictures an inference takes, or "dynamic".
+        pointwise: "dense" or "grouped" 1x1 convolutions; "auto" takes what was measured to be faster.
+        out: directory in which the artifact's directory is made; an existing artifact is replaced only with `force`.
+
+    Raises:
+        UsageError, UnknownNameError: the request. CheckpointError: the weights. OutputError: the place.
+        ExportError: a step failed. ParityError: the result is not equal to the reference; nothing is left behind.
+    """
+    from edgevit.models import load_model, model_card
+
+    card = model_card(model)
+    exporter = registry.exporter(target)
+    if precision not in exporter.precisions:
+        raise UnknownNameError(f"precision for {target}", precision, exporter.precisions)
+    size = check_image_size(image_size or card.image.size, card.size_multiple)
+    spec = ExportSpec(
+        model=model,
+        target=target,
+        precision=precision,
+        weights=None if weights is None else str(weights),
+        num_classes=num_classes,
+        image_size=size,
+        batch=check_batch(batch),
+        features_only=features_only,
+        options=tuple(sorted((options or {}).items())),
+        pointwise=pointwise,
+        seed=seed,
+    )
+    name = artifact_name(model, target, precision, size, card.image.size)
+    with staged(Path(out), name, force=force) as stage:
+        progress(0.0, "loading weights")
+        loaded = load_model(
+            model, weights, num_classes, features_only=features_only, options=dict(spec.options), seed=seed, randomize=True
+        )
+        progress(0.1, "exporting")
+        built = exporter.export(loaded.module, card, spec, stage)
+        progress(0.8, "comparing with the reference on photographs")
+        parity = _prove(loaded.module, card, spec, built, stage, exporter.runtime)
+        write_manifest(stage, {
+            **_manifest(card, spec, built, parity, command),
+            "weights": dict(loaded.weights),
+            "notes": list(loaded.notes),
+            "complexity": _complexity(stage, built),
+        })  # fmt: skip
+        progress(1.0, "done")
+    return load_artifact(Path(out) / name)
+
+
+def _manifest(card: ModelCard, spec: ExportSpec, built: Built, parity: Parity, command: str | None) -> dict[str, Any]:
+    from edgevit.bench.machine import library_versions
+
+    return {
+        "model": spec.model,
+        "target": spec.target,
+        "precision": spec.precision,
+        "model_file": built.model_file,
+        "inputs": [dataclasses.asdict(t) for t in built.inputs],
+        "outputs": [dataclasses.asdict(t) for t in built.outputs],
+        "image": {**dataclasses.asdict(card.image), "size": spec.image_size},
+        "labels": None,
+        "batch": spec.batch,
+        "features_only": spec.features_only,
+        "num_classes": spec.num_classes,
+        "options": dict(spec.options),
+        "choices": dict(built.choices),
+        "parity": _parity_record(parity),
+        "certificates": [dataclasses.asdict(c) for c in built.certificates],
+        "calibration": None,
+        "tools": {"edgevit": __version__, "python": platform.python_version(), **library_versions(TOOLS)},
+        "command": command,
+        "seed": spec.seed,
+    }
+
+
+def _parity_record(parity: Parity) -> dict[str, Any]:
+    return {**dataclasses.asdict(parity), "passed": parity.passed}
+
+
+def _complexity(stage: Path, built: Built) -> dict[str, Any] | None:
+    if built.onnx_file is None:
+        return None
+    from edgevit.bench.complexity import count_onnx
+
+    return dataclasses.asdict(count_onnx(stage / built.onnx_file))
+
+
+def _prove(module: Any, card: ModelCard, spec: ExportSpec, built: Built, stage: Path, runtime: str) -> Parity:
+    """Compare on the shipped photographs and leave the first batch as `sample/`; a failure raises."""
+    images = inputs.load_images(inputs.photographs(), card.image, spec.image_size)
+    if isinstance(spec.batch, int) and spec.batch > len(images):
+        images = images[np.arange(spec.batch) % len(images)]
+    expected, parity = _compare(module, images, spec.batch, spec.precision, stage / built.model_file, runtime)
+    if not parity.passed:
+        raise ParityError(
+            f"{spec.model} on {runtime}: not equal to the reference: max abs {parity.max_abs:.2e} "
+            f"(limit {parity.max_abs_limit:.0e}), cosine {parity.cosine:.6f} (limit {parity.cosine_limit}), "
+            f"top-1 agreement {parity.top1_agreement}; nothing was written; please report the model and its options"
+        )
+    sample = stage / "sample"
+    sample.mkdir()
+    count = 1 if spec.batch == "dynamic" else spec.batch
+    np.save(sample / "input.npy", images[:count])
+    np.save(sample / "output.npy", next(iter(expected.values()))[:count])
+    return parity
+
+
+def _compare(
+    module: Any, images: NDArray[np.float32], batch: Batch, precision: str, path: Path, runtime: str
+) -> tuple[dict[str, NDArray[Any]], Parity]:
+    """The reference's outputs for `images` (n, 3, h, w), and how far the runtime's lie from them."""
+    from edgevit.export.verify import compare_outputs
+
+    with Session(registry.runtime_class("torch")(module, images.shape[2:])) as reference:  # type: ignore[call-arg]  # a runtime's own arguments
+        expected = _run_batches(reference, images, 1)
+    with Session(registry.runtime_class(runtime)(path)) as session:  # type: ignore[call-arg]  # a runtime's own arguments
+        _check_precision(session, precision, str(path))
+        actual = _run_batches(session, images, batch)
+    return expected, compare_outputs(expected, actual, precision, runtime)
+
+
+def _run_batches(session: Session, images: NDArray[np.float32], batch: Batch) -> dict[str, NDArray[Any]]:
+    """Outputs for all pictures: in batches of the static size, the last one filled up; a dynamic batch as 1 and the rest."""
+    chunks = [images[:1], images[1:]] if batch == "dynamic" else [images[i : i + batch] for i in range(0, len(images), batch)]
+    parts = []
+    for chunk in (c for c in chunks if len(c)):
+        filled = chunk if batch == "dynamic" or len(chunk) == batch else np.resize(chunk, (batch, *chunk.shape[1:]))
+        parts.append({name: array[: len(chunk)] for name, array in session.run({"image": filled}).items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_precision(session: Session, wanted: str, where: str) -> None:
+    actual = session.runtime.effective_precision
+    if actual != wanted:
+        raise RuntimeFailure(f"{where}: runs in {actual}, expected {wanted}; its numbers would be of another model")
+
+
+def load(path: str | Path, threads: int | None = None) -> Session:
+    """An artifact as a runtime: `with edgevit.load(path) as runtime: runtime.run({"image": array})["logits"]`.
+
+    Raises:
+        ArtifactError: missing, changed or of a newer schema.
+    """
+    return _session(load_artifact(path), threads)
+
+
+def _session(artifact: Artifact, threads: int | None) -> Session:
+    runtime = registry.exporter(artifact.manifest["target"]).runtime
+    return Session(registry.runtime_class(runtime)(artifact.model_file, threads))  # type: ignore[call-arg]  # a runtime's own arguments
+
+
+def verify(path: str | Path, weights: str | Path | None = None) -> dict[str, Any]:
+    """Check an artifact: its hashes, then its outputs.
+
+    With the weights (given, or random ones rebuilt from their seed) against the reference on the photographs,
+    otherwise against `sample/`, which the reference computed when the artifact was made.
+
+    Raises:
+        ArtifactError, CheckpointError, RuntimeFailure. ParityError: not equal.
+    """
+    from edgevit.export.verify import compare_outputs
+
+    artifact = load_artifact(path)
+    manifest = artifact.manifest
+    with _session(artifact, None) as session:
+        names = [spec.name for spec in session.runtime.outputs]
+        _check_precision(session, manifest["precision"], str(path))
+        sample, stored = (_array(artifact, f"sample/{part}.npy") for part in ("input", "output"))
+        actual = session.run({"image": sample})
+    first = {names[0]: stored}
+    parity = compare_outputs(first, {names[0]: actual[names[0]]}, manifest["precision"], session.runtime.name)
+    against = "sample"
+    if parity.passed and (weights is not None or manifest["weights"]["source"] == "random"):
+        module, card = _reference(manifest, weights)
+        size = tuple(manifest["image"]["size"])
+        images = inputs.load_images(inputs.photographs(), card.image, (size[0], size[1]))
+        _, parity = _compare(
+            module, images, manifest["batch"], manifest["precision"], artifact.model_file, session.runtime.name
+        )
+        against = "reference"
+    if not parity.passed:
+        raise ParityError(
+            f"{path}: not equal to its {against}: max abs {parity.max_abs:.2e} (limit {parity.max_abs_limit:.0e}), "
+            f"cosine {parity.cosine:.6f}, top-1 agreement {parity.top1_agreement}; export the model again"
+        )
+    return {"artifact": str(path), "against": against, "parity": _parity_record(parity)}
+
+
+def _array(artifact: Artifact, name: str) -> NDArray[np.float32]:
+    """An array of the artifact, without executing what a crafted file may hold."""
+    try:
+        array: NDArray[np.float32] = np.load(artifact.path / name, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{artifact.path / name}: not a NumPy array ({error}); export the model again") from None
+    return array
+
+
+def _reference(manifest: Mapping[str, Any], weights: str | Path | None) -> tuple[Any, ModelCard]:
+    from edgevit.models import load_model
+
+    loaded = load_model(
+        manifest["model"],
+        weights,
+        manifest["num_classes"],
+        features_only=manifest["features_only"],
+        options=manifest["options"],
+        seed=manifest["seed"],
+        randomize=True,
+    )
+    return loaded.module, loaded.card
+
+
+def predict(
+    path: str | Path, images: Sequence[str | Path], labels: str | Path | None = None, top: int = 5
+) -> dict[str, Any]:
+    """The `top` classes of each picture, with probabilities from a softmax in float64.
+
+    Raises:
+        ArtifactError, RuntimeFailure: the artifact. InputError: a picture or the labels. UsageError: not a classifier.
+    """
+    artifact = load_artifact(path)
+    manifest = artifact.manifest
+    spec = _image_spec(manifest)
+    batch = inputs.load_images([Path(image) for image in images], spec)
+    with _session(artifact, None) as session:
+        outputs = _run_batches(session, batch, manifest["batch"])
+    if "logits" not in outputs:
+        raise UsageError(f"{path}: has no logits (outputs {', '.join(outputs)}); run needs a classifier")
+    logits = outputs["logits"].astype(np.float64)
+    names = None if labels is None else inputs.read_labels(Path(labels), logits.shape[1])
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
+    return {
+        "artifact": str(path),
+        "random_weights": manifest["weights"]["source"] == "random",
+        "predictions": [
+            {
+                "image": str(image),
+                "top": [
+                    {"class": int(c), "label": str(c) if names is None else names[c], "probability": float(row[c])}
+                    for c in classes
+                ],
+            }
+            for image, classes, row in zip(images, order, shares, strict=True)
+        ],
+    }
+
+
+def _image_spec(manifest: Mapping[str, Any]) -> ImageSpec:
+    image = manifest["image"]
+    try:
+        return ImageSpec(
+            size=(int(image["size"][0]), int(image["size"][1])),
+            mean=tuple(image["mean"]),
+            std=tuple(image["std"]),
+            crop=float(image["crop"]),
+            interpolation=image["interpolation"],
+        )
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ArtifactError("manifest: its image preprocessing is incomplete; export the model again") from None
+
+
+def benchmark(
+    items: Sequence[Artifact | str | Path],
+    *,
+    threads: int | None = None,
+    duration_s: float = 5.0,
+    loads: int = 3,
+    vs: Literal["naive"] | None = None,
+    seed: int = 0,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Time artifacts, or models exported for the occasion, in interleaved rounds.
+
+    Several items race each other, each compared with the first; with `vs="naive"` each races the plain PyTorch export
+    of its own reference form. `duration_s` is per contestant; `loads` is how often each is loaded afresh.
+
+    Raises:
+        UsageError, UnknownNameError, ArtifactError, RuntimeFailure.
+    """
+    from edgevit.bench.machine import machine_record
+    from edgevit.bench.timing import BenchSettings
+
+    if not items:
+        raise UsageError("bench: nothing to measure; give artifacts or model names")
+    if duration_s <= 0 or loads < 1 or (threads is not None and threads < 1):
+        raise UsageError(f"bench: duration {duration_s}, loads {loads}, threads {threads}: each must be above zero")
+    settings = BenchSettings(duration_s=duration_s, seed=seed)
+    before = machine_record()
+    with tempfile.TemporaryDirectory(prefix="edgevit-bench-") as scratch:
+        artifacts = [_artifact_of(item, Path(scratch), progress) for item in items]
+        races = [artifacts] if vs is None else [[artifact] for artifact in artifacts]
+        reports = []
+        for i, race in enumerate(races):
+            entries = [(_entry_name(a, race), a, a.model_file) for a in race]
+            if vs == "naive":
+                entries.insert(0, (f"{race[0].name} (naive)", race[0], _naive(race[0], Path(scratch))))
+            reports.append(_race(entries, settings, threads, loads, lambda f, t, i=i: progress((i + f) / len(races), t)))
+    return _bench_document(reports, settings, threads, loads, {"before": before, "after": machine_record()})
+
+
+def _artifact_of(item: Artifact | str | Path, scratch: Path, progress: Progress) -> Artifact:
+    """An artifact as it is, or a registered model exported into `scratch`."""
+    if isinstance(item, Artifact):
+        return load_artifact(item.path)
+    if Path(item).exists():
+        return load_artifact(item)
+    names = registry.model_names()
+    if str(item) not in names:
+        raise UnknownNameError("artifact directory or model", str(item), names)
+    progress(0.0, f"exporting {item}")
+    return export_model(str(item), "onnx", out=scratch, force=True)
+
+
+def _entry_name(artifact: Artifact, race: Sequence[Artifact]) -> str:
+    """The directory's name, or its path where two share a name."""
+    return artifact.name if sum(a.name == artifact.name for a in race) == 1 else str(artifact.path)
+
+
+def _naive(artifact: Artifact, scratch: Path) -> Path:
+    manifest = artifact.manifest
+    module, card = _reference({**manifest, "seed": 0}, None)
+    spec = ExportSpec(manifest["model"], manifest["target"], image_size=tuple(manifest["image"]["size"]), batch=manifest["batch"])
+    path = scratch / f"{artifact.name}-naive.onnx"
+    registry.exporter(manifest["target"]).export_naive(module, card, spec, path)
+    return path
+
+
+def _race(
+    entries: Sequence[tuple[str, Artifact, Path]], settings: Any, threads: int | None, loads: int, progress: Progress
+) -> BenchReport:
+    from edgevit.bench.timing import Contestant, measure_loads
+
+    precisions: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def load_all() -> Iterator[list[Contestant]]:
+        with contextlib.ExitStack() as stack:
+            contestants = []
+            for name, artifact, path in entries:
+                runtime = registry.runtime_class(registry.exporter(artifact.manifest["target"]).runtime)
+                session = stack.enter_context(Session(runtime(path, threads)))  # type: ignore[call-arg]  # a runtime's own arguments
+                _check_precision(session, artifact.manifest["precision"], str(path))
+                precisions[name] = session.runtime.effective_precision
+                feed = {"image": _array(artifact, "sample/input.npy")}
+                session.run(feed)  # checked once here; the timed calls go to the runtime itself
+                contestants.append(Contestant(name, lambda r=session.runtime, feed=feed: r.run(feed)))  # type: ignore[misc]  # bound now
+            yield contestants
+
+    report = measure_loads(load_all, loads, settings, progress=progress)
+    results = tuple(dataclasses.replace(r, effective_precision=precisions[r.name]) for r in report.results)
+    return dataclasses.replace(report, results=results)
+
+
+def _bench_document(
+    reports: Sequence[BenchReport], settings: Any, threads: int | None, loads: int, machine: dict[str, Any]
+) -> dict[str, Any]:
+    comparisons = [dataclasses.asdict(c) for report in reports for c in report.comparisons]
+    return {
+        "results": [dataclasses.asdict(r) for report in reports for r in report.results],
+        "comparison": comparisons[0] if comparisons else None,
+        "comparisons": comparisons,
+        "warnings": list(dict.fromkeys(w for report in reports for w in report.warnings)),
+        "settings": {**dataclasses.asdict(settings), "threads": threads, "loads": loads},
+        "machine": machine,
+    }
+
+
+def doctor() -> dict[str, Any]:
+    """What of edgevit works on this machine: versions, targets and runtimes with what they lack, the processor."""
+    from edgevit.bench.machine import machine_record
+
+    def check(kind: str, name: str) -> dict[str, Any]:
+        try:
+            (registry.exporter if kind == "target" else registry.runtime_class)(name)
+        except Exception as error:  # a broken package may raise anything on import; doctor reports it
+            return {"kind": kind, "name": name, "ok": False, "problem": str(error).splitlines()[0] if str(error) else repr(error)}
+        return {"kind": kind, "name": name, "ok": True, "problem": None}
+
+    checks = [check("target", n) for n in registry.TARGETS] + [check("runtime", n) for n in registry.RUNTIMES if n != "fake"]
+    return {
+        "edgevit": __version__,
+        "python": sys.version.split()[0],
+        "ok": all(c["ok"] for c in checks),
+        "checks": checks,
+        "machine": machine_record(),
+    }

@@ -1,0 +1,203 @@
+"""The artifact directory and its manifest, read and written here only.
+
+    <out>/<model>-<target>-<precision>[-HxW]/
+        manifest.json       what it is, where it came from, how it was checked; sha256 of every other file
+        model.onnx          or what else the target's runtime loads
+        sample/input.npy    sample/output.npy: what the reference computed
+
+It is written beside its final place and renamed, so that an interrupted export leaves nothing half made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from edgevit.errors import ArtifactError, OutputError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64 << 20  # a manifest is kilobytes; a larger file is not one and is not read
+CHUNK = 1 << 20  # bytes hashed at a time
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk whose manifest and hashes have been checked."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def model_file(self) -> Path:
+        """The file that the target's runtime loads."""
+        return self.path / str(self.manifest["model_file"])
+
+    @property
+    def name(self) -> str:
+        """The directory's name: model, target, precision and, where it is not the default, size."""
+        return self.path.name
+
+
+def artifact_name(model: str, target: str, precision: str, size: tuple[int, int], default: tuple[int, int]) -> str:
+    """`mobileformer_294m-onnx-fp32`, with `-HxW` where the size (height, width) is not the model's own."""
+    suffix = "" if size == default else f"-{size[0]}x{size[1]}"
+    return f"{model}-{target}-{precision}{suffix}"
+
+
+@contextlib.contextmanager
+def staged(out: Path, name: str, *, force: bool) -> Iterator[Path]:
+    """A fresh directory that becomes `out/name` when the block ends, and vanishes if it does not.
+
+    Raises:
+        OutputError: `out/name` exists and `force` is off, or is no artifact; or `out` cannot be written.
+    """
+    final = out / name
+    _check_free(final, force=force)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=out))
+    except OSError as error:
+        raise OutputError(f"output directory {out}: {_reason(error)}; choose another with --out") from None
+    try:
+        yield stage
+        stage.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the artifact gets what mkdir would give
+        _swap(stage, final)
+    except OSError as error:
+        raise OutputError(f"output directory {out}: {_reason(error)}; free space or choose another with --out") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_free(final: Path, *, force: bool) -> None:
+    if not final.exists() and not final.is_symlink():
+        return
+    if not force:
+        raise OutputError(f"{final} exists already; give --force to replace it, or another --out")
+    if final.is_symlink() or not (final / MANIFEST).is_file():
+        raise OutputError(f"{final} exists and is not an artifact (no {MANIFEST}); --force replaces artifacts only")
+
+
+def _swap(stage: Path, final: Path) -> None:
+    """Rename `stage` to `final`; what stood there comes back if the rename fails."""
+    if not final.exists():
+        stage.rename(final)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    final.rename(old / "old")
+    try:
+        stage.rename(final)
+    except BaseException:
+        (old / "old").rename(final)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(stage: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `manifest` with the schema version and the name, size and sha256 of every file in `stage`."""
+    files = [
+        {"name": path.relative_to(stage).as_posix(), "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(stage.rglob("*"))
+        if path.is_file()
+    ]
+    document = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
+    (stage / MANIFEST).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def load_artifact(path: str | Path) -> Artifact:
+    """Read an artifact: schema version first, then size and sha256 of every file.
+
+    Raises:
+        ArtifactError: missing, not an artifact, from a newer edgevit, or changed since it was written.
+    """
+    root = Path(path)
+    manifest = _read_manifest(root)
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ArtifactError(f"{root / MANIFEST}: schema_version {version!r}, expected a number; export the model again")
+    if version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{root / MANIFEST}: schema_version {version}, this edgevit reads up to {SCHEMA_VERSION}; update edgevit"
+        )
+    try:
+        entries = [(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]]
+        known = {name for name, _, _ in entries}
+        complete = manifest["model_file"] in known and all(isinstance(manifest[k], str) for k in ("model", "target", "precision"))
+    except (KeyError, TypeError, ValueError):
+        complete = False
+    if not complete:
+        raise ArtifactError(f"{root / MANIFEST}: not an edgevit manifest; export the model again")
+    for name, size, digest in entries:
+        _check_file(root, name, size, digest)
+    return Artifact(root, manifest)
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    place = root / MANIFEST
+    if not root.is_dir():
+        what = "not a directory" if root.exists() else "no such directory"
+        raise ArtifactError(f"artifact {root}: {what}; expected the directory that `edgevit export` wrote")
+    if not place.is_file():
+        raise ArtifactError(f"artifact {root}: it has no {MANIFEST}; expected the directory that `edgevit export` wrote")
+    try:
+        if place.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ArtifactError(f"{place}: larger than any manifest; export the model again")
+        manifest = json.loads(place.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"{place}: {_reason(error)}") from None
+    except (ValueError, RecursionError):
+        raise ArtifactError(f"{place}: not JSON; export the model again") from None
+    if not isinstance(manifest, dict):
+        raise ArtifactError(f"{place}: a JSON object was expected; export the model again")
+    return manifest
+
+
+def _check_file(root: Path, name: str, size: int, digest: str) -> None:
+    """One file of the manifest, which is untrusted: it must lie inside, be a plain file and be unchanged."""
+    parts = PurePosixPath(name).parts
+    place = root.joinpath(*parts)
+    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or place.is_symlink():
+        raise ArtifactError(f"artifact {root}: file name {name!r} leaves the directory; do not trust this artifact")
+    if not place.is_file():
+        raise ArtifactError(f"{place}: missing, the manifest lists it; export the model again")
+    try:
+        found = place.stat().st_size
+        actual = sha256_of(place) if found == size else None
+    except OSError as error:
+        raise ArtifactError(f"{place}: {_reason(error)}") from None
+    if actual != digest:
+        came = f"{found} bytes, expected {size}" if actual is None else f"sha256 {actual[:12]}..., expected {digest[:12]}..."
+        raise ArtifactError(f"{place}: changed since it was exported ({came}); export the model again")
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return "no space left on the device"
+    return error.strerror or str(error)

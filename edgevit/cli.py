@@ -1,0 +1,350 @@
+"""The command line: arguments -> one api call -> lines or one JSON document; exit codes; progress. Nothing else.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 not equal to the reference, 4 regression, 5 inconclusive, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from edgevit.errors import EdgevitError, UsageError
+
+app = typer.Typer(
+    name="edgevit",
+    help="Vision transformers on edge devices: export, verify, run, benchmark.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+err = Console(stderr=True, highlight=False)
+INTERRUPTED = 130  # what shells report for SIGINT
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+Options = Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="What the family takes beside.")]
+Size = Annotated[str | None, typer.Option("--image-size", metavar="HxW", help="Height x width in pixels.")]
+Weights = Annotated[Path | None, typer.Option(help="Official .pth, bare state_dict or .safetensors.")]
+ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that `edgevit export` wrote.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside an operator; default: all cores.")]
+
+
+def main() -> None:
+    """Run the command line; a failure is one message and an exit code, never a traceback without --debug."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app(standalone_mode=True)
+    except EdgevitError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half written was left behind", INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of stdout went away; Python would complain about it on exit
+        sys.exit(1)
+    except Exception as error:  # a bug of edgevit: the user gets one line and a way to see more
+        if debug:
+            raise
+        _fail(f"internal error: {type(error).__name__}: {error}; run again with --debug and report what it prints", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if "--json" in sys.argv:
+        print(json.dumps({"error": {"message": message, "exit_code": code}}, indent=2))
+    err.print(f"edgevit: {escape(message)}", soft_wrap=True)
+    sys.exit(code)
+
+
+def _emit(document: dict[str, Any] | list[Any], as_json: bool, show: Callable[[Console], None]) -> None:
+    """The document as JSON, or `show` it for a person."""
+    if as_json:
+        print(json.dumps(document, indent=2, allow_nan=False))
+    else:
+        show(Console(highlight=False, soft_wrap=True))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[float, str], None]]:
+    """A bar on a terminal, a plain line for each new step in a pipe."""
+    if err.is_terminal:
+        with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err, transient=True) as bar:
+            task = bar.add_task("starting", total=1.0)
+            yield lambda fraction, text: bar.update(task, completed=fraction, description=escape(text))
+        return
+    last = ""
+
+    def line(fraction: float, text: str) -> None:
+        nonlocal last
+        step = text.split(":")[0]  # a race counts its rounds behind a colon; one line for each contestant is enough
+        if step != last:
+            err.print(escape(text), soft_wrap=True)
+            last = step
+
+    yield line
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """"256x320" -> (256, 320).
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) <= 6 for part in parts):
+        raise UsageError(f"--image-size {text!r}: expected HEIGHTxWIDTH in pixels, e.g. 224x224")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_batch(text: str) -> int | str:
+    """"4" -> 4, "dynamic" -> "dynamic".
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text == "dynamic":
+        return text
+    if not (text.isascii() and text.lstrip("-").isdigit() and len(text) <= 9):
+        raise UsageError(f"--batch {text!r}: expected a whole number of pictures, or 'dynamic'")
+    return int(text)
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, str]:
+    """["a=b"] -> {"a": "b"}.
+
+    Raises:
+        UsageError: a pair without "=".
+    """
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. spatial_dynamic_relu=true")
+    return dict(pair.split("=", 1) for pair in pairs or [])
+
+
+@app.command("list", epilog="Example: edgevit list --family mobile_former")
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern.")] = "*",
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the registered models."""
+    from edgevit import api
+
+    names = api.list_models(pattern, family)
+    _emit({"models": names}, as_json, lambda out: [out.print(name) for name in names])  # type: ignore[arg-type, return-value]  # for its effect
+
+
+@app.command(epilog="Example: edgevit info mobileformer_294m --image-size 256x320")
+def info(model: str, image_size: Size = None, option: Options = None, as_json: Json = False) -> None:
+    """Parameters, MACs, the paper's figures and the options of a model."""
+    from edgevit import api
+
+    document = api.info(model, parse_size(image_size), parse_options(option))
+
+    def show(out: Console) -> None:
+        height, width = document["image_size"]
+        out.print(f"{document['model']}  {document['title']}\n{document['url']}  {document['origin']}")
+        out.print(f"parameters  {document['parameters']:,}")
+        out.print(f"MACs        {document['macs'] / 1e6:,.2f} M at {height}x{width}")
+        out.print(f"FLOPs       {document['flops'] / 1e6:,.2f} M (2 x MACs)")
+        out.print("paper       " + ", ".join(f"{key} {value}" for key, value in document["paper"].items()))
+        out.print("options     " + ", ".join(f"{key}={value}" for key, value in document["options"].items()))
+        for note in document["notes"]:
+            out.print(f"note        {note}")
+
+    _emit(document, as_json, show)
+
+
+@app.command(epilog="Example: edgevit doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """What works on this machine, and what to type for what does not."""
+    from edgevit import api
+
+    document = api.doctor()
+
+    def show(out: Console) -> None:
+        out.print(f"edgevit {document['edgevit']}, Python {document['python']}")
+        for check in document["checks"]:
+            state = "ok" if check["ok"] else escape(f"not available: {check['problem']}")
+            out.print(f"{check['kind']:8} {check['name']:10} {state}")
+        for key, value in document["machine"].items():
+            out.print(escape(f"{key}: {value}"))
+
+    _emit(document, as_json, show)
+    if not document["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: edgevit export mobileformer_294m --to onnx --weights mobile-former-294m.pth")
+def export(
+    model: str,
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="Target, e.g. onnx.")],
+    precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
+    weights: Weights = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes of the last layer; default: the checkpoint's.")] = None,
+    image_size: Size = None,
+    batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Pictures an inference takes.")] = "1",
+    features_only: Annotated[bool, typer.Option(help="Export the backbone's maps instead of logits.")] = False,
+    option: Options = None,
+    pointwise: Annotated[str, typer.Option(help="auto, dense or grouped 1x1 convolutions.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Directory in which the artifact is made.")] = Path("dist"),
+    force: Annotated[bool, typer.Option(help="Replace an artifact that exists.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random weights, where none are given.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Export a model to a target, prove it equal to the reference, write the artifact."""
+    from edgevit import api
+
+    if pointwise not in ("auto", "dense", "grouped"):
+        raise UsageError(f"--pointwise {pointwise!r}: expected auto, dense or grouped")
+    with _progress() as progress:
+        artifact = api.export_model(
+            model,
+            to,
+            weights=weights,
+            num_classes=num_classes,
+            precision=precision,
+            image_size=parse_size(image_size),
+            batch=parse_batch(batch),  # type: ignore[arg-type]  # the only text it returns is "dynamic"
+            features_only=features_only,
+            options=parse_options(option),
+            pointwise=pointwise,  # type: ignore[arg-type]  # checked above
+            out=out,
+            force=force,
+            seed=seed,
+            command=shlex.join(["edgevit", *sys.argv[1:]]),
+            progress=progress,
+        )
+    manifest = artifact.manifest
+    document = {
+        "artifact": str(artifact.path),
+        "parity": manifest["parity"],
+        "certificates": manifest["certificates"],
+        "files": manifest["files"],
+        "weights": manifest["weights"],
+        "notes": manifest["notes"],
+        "complexity": manifest["complexity"],
+        "choices": manifest["choices"],
+    }
+
+    def show(out: Console) -> None:
+        out.print(escape(str(artifact.path)))
+        for certificate in manifest["certificates"]:
+            out.print(
+                f"rewrite     {certificate['rewrite']}: {certificate['places']} places, operations "
+                f"{certificate['operations_before']} -> {certificate['operations_after']}, "
+                f"difference {certificate['max_rel']:.0e} (float64)"
+            )
+        if complexity := manifest["complexity"]:
+            out.print(f"deployed    {complexity['parameters']:,} parameters, {complexity['macs'] / 1e6:,.2f} M MACs")
+        _show_weights(out, manifest["weights"])
+        for note in manifest["notes"]:
+            out.print(escape(f"note        {note}"))
+        out.print(_parity_line(manifest["parity"], "reference"))
+
+    _emit(document, as_json, show)
+
+
+def _show_weights(out: Console, weights: dict[str, Any]) -> None:
+    if weights["source"] == "random":
+        out.print(f"weights     random (seed {weights['seed']}): timings hold, predictions mean nothing")
+    else:
+        out.print(escape(f"weights     {weights['source']} ({weights['entry']}, sha256 {weights['sha256'][:12]}...)"))
+
+
+def _parity_line(parity: dict[str, Any], against: str) -> str:
+    top1 = "" if parity["top1_agreement"] is None else f", top-1 agreement {parity['top1_agreement']:.0%}"
+    return (
+        f"parity      {'equal' if parity['passed'] else 'NOT equal'} to the {against} on {parity['inputs']} picture(s): "
+        f"max abs {parity['max_abs']:.1e} (limit {parity['max_abs_limit']:.0e}), cosine {parity['cosine']:.7f}{top1}"
+    )
+
+
+@app.command(epilog="Example: edgevit verify dist/mobileformer_294m-onnx-fp32")
+def verify(artifact: ArtifactPath, weights: Weights = None, as_json: Json = False) -> None:
+    """Check an artifact's files and outputs; with the weights, against the reference on photographs."""
+    from edgevit import api
+
+    document = api.verify(artifact, weights)
+    _emit(document, as_json, lambda out: out.print(_parity_line(document["parity"], document["against"])))
+
+
+@app.command(epilog="Example: edgevit run dist/mobileformer_294m-onnx-fp32 photo.jpg --labels imagenet.txt")
+def run(
+    artifact: ArtifactPath,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures.")],
+    labels: Annotated[Path | None, typer.Option(help="A text file with one class name a line, or JSON.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to show.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Classify pictures."""
+    from edgevit import api
+
+    document = api.predict(artifact, images, labels, top)
+
+    def show(out: Console) -> None:
+        for prediction in document["predictions"]:
+            table = Table(title=escape(prediction["image"]), title_justify="left", box=None)
+            table.add_column("class", justify="right")
+            table.add_column("label")
+            table.add_column("probability", justify="right")
+            for row in prediction["top"]:
+                table.add_row(str(row["class"]), escape(row["label"]), f"{row['probability']:.2%}")
+            out.print(table)
+        if document["random_weights"]:
+            out.print("the weights are random: these predictions mean nothing")
+
+    _emit(document, as_json, show)
+
+
+@app.command(epilog="Example: edgevit bench mobileformer_26m --vs naive --threads 1 --duration 20")
+def bench(
+    items: Annotated[list[str], typer.Argument(metavar="ARTIFACT|MODEL...", help="Raced against each other.")],
+    threads: Threads = None,
+    duration: Annotated[float, typer.Option(help="Seconds for each contestant.")] = 5.0,
+    loads: Annotated[int, typer.Option(min=1, help="How often each is loaded afresh; one load may be luckier.")] = 3,
+    vs: Annotated[str | None, typer.Option(help="naive: race each against PyTorch's own export.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of turns and the bootstrap.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Time artifacts in interleaved rounds; ratios with intervals."""
+    from edgevit import api
+    from edgevit.bench import stats
+    from edgevit.specs import Comparison
+
+    if vs not in (None, "naive"):
+        raise UsageError(f"--vs {vs!r}: expected naive")
+    with _progress() as progress:
+        document = api.benchmark(
+            items, threads=threads, duration_s=duration, loads=loads, vs="naive" if vs else None, seed=seed, progress=progress
+        )
+
+    def show(out: Console) -> None:
+        table = Table(box=None)
+        for column in ("name", "precision", "p50 ms", "p90 ms", "p99 ms", "runs"):
+            table.add_column(column, justify="left" if column in ("name", "precision") else "right", no_wrap=True)
+        for result in document["results"]:
+            cells = [stats.format_percentile(result["latency_ms"][f"p{q}"], q) for q in (50, 90, 99)]
+            table.add_row(escape(result["name"]), result["effective_precision"], *cells, str(len(result["samples_ms"])))
+        out.print(table)
+        for comparison in document["comparisons"]:
+            out.print(escape(stats.describe_comparison(Comparison(**comparison))))
+        for warning in document["warnings"]:
+            err.print(escape(f"warning: {warning}"), soft_wrap=True)
+
+    _emit(document, as_json, show)

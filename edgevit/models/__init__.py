@@ -1,0 +1,152 @@
+"""Reference networks by name: create, load, list."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgevit import checkpoint
+from edgevit.errors import UnknownNameError, UsageError
+from edgevit.registry import family_of
+from edgevit.specs import ModelCard
+
+DEFAULT_CLASSES = 1000  # ImageNet-1k, which all published checkpoints of these networks classify
+MAX_CLASSES = 1_000_000  # more than any published vocabulary; beyond it the last layer alone would not fit in memory
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A reference module in eval mode, its card, where its weights came from, and what the user should be told."""
+
+    module: nn.Module
+    card: ModelCard
+    weights: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def model_card(name: str) -> ModelCard:
+    """What is known of a published network.
+
+    Raises:
+        UnknownNameError: no such model.
+    """
+    return family_of(name)[1].CARDS[name]
+
+
+def create_model(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    features_only: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """The reference form of a network in eval mode, parameters float32 under their official names.
+
+    Args:
+        name: a registered model.
+        weights: an official .pth, a bare state_dict or .safetensors; without it the official initialisation, seeded.
+        num_classes: outputs of the classifier; other than the checkpoint's, the last layer is new and a warning says so.
+        features_only: return the maps of stride 4, 8, 16, 32 (and what else the family names) instead of logits.
+        options: what the family takes beside, e.g. `spatial_dynamic_relu=True`.
+
+    Raises:
+        UnknownNameError, UsageError: the request. CheckpointError: the weights.
+    """
+    loaded = load_model(name, weights, num_classes, features_only=features_only, options=options, seed=seed)
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=2)
+    return loaded.module
+
+
+def load_model(
+    name: str,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    *,
+    features_only: bool = False,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    randomize: bool = False,
+) -> LoadedModel:
+    """`create_model` with its provenance. With `randomize` and no weights, no parameter keeps a neutral value."""
+    _, family = family_of(name)
+    if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
+        raise UsageError(f"number of classes {num_classes}: expected 1 to {MAX_CLASSES}")
+    choices = parse_options(family.OPTIONS, name, options or {})
+    state, record, notes = None, {"source": "random", "seed": seed}, []
+    if weights is not None:
+        read = checkpoint.read_checkpoint(Path(weights))
+        state = family.filter_checkpoint(dict(read.state))
+        record = {"source": Path(weights).name, "sha256": read.sha256, "entry": read.entry}
+        if num_classes is None and (rows := state.get(f"{family.CLASSIFIER}.weight")) is not None:
+            num_classes = rows.shape[0]
+    classes = DEFAULT_CLASSES if num_classes is None else num_classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = family.build(name, choices, num_classes=classes, features_only=features_only)
+        if state is None and randomize:
+            randomize_(module)
+    if state is not None:
+        if features_only:
+            state = {k: v for k, v in state.items() if not k.startswith(family.HEAD_PREFIXES)}
+        else:
+            state, note = checkpoint.replace_classifier(module, state, family.CLASSIFIER)
+            notes = [] if note is None else [note]
+        checkpoint.load_state(module, state, where=str(weights))
+    else:
+        record["sha256"] = checkpoint.state_sha256(module.state_dict())
+    return LoadedModel(module.eval(), family.CARDS[name], record, tuple(notes))
+
+
+def parse_options(kind: type[Any], model: str, given: Mapping[str, Any]) -> Any:
+    """The family's options dataclass from values, or from the texts of a command line.
+
+    Raises:
+        UnknownNameError: the family has no such option. UsageError: a value of the wrong type.
+    """
+    fields = {field.name for field in dataclasses.fields(kind)}
+    types = typing.get_type_hints(kind)
+    values = {}
+    for key, value in given.items():
+        if key not in fields:
+            raise UnknownNameError(f"option of {model}", key, fields)
+        values[key] = _parse(types[key], key, value)
+    return kind(**values)
+
+
+def _parse(kind: Any, key: str, value: Any) -> Any:
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(kind, type) and isinstance(value, kind):
+        return value
+    raise UsageError(f"option {key}={value}: expected {'true or false' if kind is bool else kind.__name__}")
+
+
+def randomize_(module: nn.Module) -> None:
+    """Give every parameter and statistic a plausible random value, from torch's current generator.
+
+    An initialised network is no test of an exporter: its norms are identities and its dynamic ReLUs plain ReLUs. The
+    gains keep activations near unit size through the depth of these networks.
+    """
+    with torch.no_grad():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn_like(tensor)
+            if name.endswith("running_var"):
+                tensor.copy_(0.5 + torch.rand_like(tensor))
+            elif tensor.dim() >= 2:
+                gain = 1.15 if tensor.dim() == 4 else 0.75  # convolutions are followed by rectifiers, Linears by norms
+                tensor.copy_(gain * noise / tensor[0].numel() ** 0.5)
+            else:
+                tensor.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))

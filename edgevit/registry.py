@@ -1,0 +1,90 @@
+"""Name -> thing, loaded on demand: model families, targets, runtimes. The one table of each.
+
+>>> UnknownNameError("runtime", "onnxrt", ["ort", "torch"]).args[0]
+"unknown runtime 'onnxrt'; did you mean 'ort'? Known: ort, torch"
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from dataclasses import dataclass
+from typing import Any, cast
+
+from edgevit.contracts import Exporter, ModelFamily, Runtime
+from edgevit.errors import MissingDependencyError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a thing lives: `module:attribute`, the packages it imports, and what to type if they are missing."""
+
+    module: str
+    attribute: str = ""
+    packages: tuple[str, ...] = ()
+    install: str = "pip install edgevit"
+
+
+FAMILIES: dict[str, tuple[Row, tuple[str, ...]]] = {
+    "mobile_former": (
+        Row("edgevit.models.mobile_former"),
+        tuple(f"mobileformer_{size}" for size in ("26m", "52m", "96m", "151m", "214m", "294m", "508m")),
+    ),
+}
+
+TARGETS: dict[str, Row] = {
+    "onnx": Row("edgevit.export.to_onnx", "OnnxExporter", ("onnx", "onnxscript", "onnx_ir")),
+}
+
+RUNTIMES: dict[str, Row] = {
+    "ort": Row("edgevit.runtimes.ort", "OrtRuntime", ("onnxruntime",)),
+    "torch": Row("edgevit.runtimes.torch_eager", "TorchRuntime", ("torch",)),
+    "fake": Row("edgevit.runtimes.fake", "FakeRuntime"),
+}
+
+
+def model_names(pattern: str = "*") -> list[str]:
+    """Registered model names that match a shell pattern, in the order of the table."""
+    return [name for _, names in FAMILIES.values() for name in names if fnmatch.fnmatchcase(name, pattern)]
+
+
+def family_of(name: str) -> tuple[str, ModelFamily]:
+    """The family's name and module of a registered model.
+
+    Raises:
+        UnknownNameError: no family has this model.
+    """
+    for family, (row, names) in FAMILIES.items():
+        if name in names:
+            return family, cast(ModelFamily, importlib.import_module(row.module))
+    raise UnknownNameError("model", name, model_names())
+
+
+def exporter(name: str) -> Exporter:
+    """The exporter of a target.
+
+    Raises:
+        UnknownNameError, MissingDependencyError.
+    """
+    return cast(Exporter, _load("target", name, TARGETS)())
+
+
+def runtime_class(name: str) -> type[Runtime]:
+    """The class of a runtime; its constructor takes what the runtime needs.
+
+    Raises:
+        UnknownNameError, MissingDependencyError.
+    """
+    return cast(type[Runtime], _load("runtime", name, RUNTIMES))
+
+
+def _load(kind: str, name: str, rows: dict[str, Row]) -> Any:
+    if name not in rows:
+        raise UnknownNameError(kind, name, rows)
+    row = rows[name]
+    try:
+        return getattr(importlib.import_module(row.module), row.attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in row.packages:
+            raise
+        raise MissingDependencyError(f"{kind} {name} needs {error.name}, which is not installed: {row.install}") from None

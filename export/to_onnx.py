@@ -1,0 +1,120 @@
+"""The ONNX target: one `model.onnx`, weights inside, in the form that ONNX Runtime's CPU kernels run fast."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from edgevit.contracts import Built
+from edgevit.errors import ExportError
+from edgevit.specs import ExportSpec, ModelCard, TensorSpec
+
+from . import passes
+from .capture import capture, example_image, quiet, single_thread
+from .deploy import DeploySpec, deploy
+
+OPSET = 20  # LayerNormalization (17) and Gelu (20) stay one operator each; every current runtime reads it
+CACHE_BYTES = 640 << 10  # of hidden activations in a branch: 294M and 508M were fastest of 400, 640, 1000 and 1300 KiB
+EXTERNAL_BYTES = 1_500_000_000  # protobuf stops at 2 GB; beyond this the weights go beside the graph
+MODEL_FILE = "model.onnx"
+
+
+class OnnxExporter:
+    """Deploy form -> torch.export -> ONNX -> graph passes -> model.onnx."""
+
+    name = "onnx"
+    runtime = "ort"
+    precisions = ("fp32",)
+
+    def export(self, model: nn.Module, card: ModelCard, spec: ExportSpec, directory: Path) -> Built:
+        """Write `model.onnx` into `directory`."""
+        size = spec.image_size or card.image.size
+        pointwise, why = choose_pointwise(card.name, spec.pointwise)
+        shape = DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=CACHE_BYTES)
+        with single_thread():
+            form, certificates = deploy(model, shape)
+            program = capture(form, spec.batch, size)
+            graph = to_graph(program, output_names(model, spec))
+        graph = passes.run(graph, (*passes.CLEANUP, *passes.CPU_KERNELS, *passes.FINISH))
+        save(graph, directory / MODEL_FILE)
+        inputs, outputs = ([_signature(value) for value in side] for side in (graph.graph.inputs, graph.graph.outputs))
+        return Built(MODEL_FILE, MODEL_FILE, tuple(inputs), tuple(outputs), tuple(certificates), {"pointwise": pointwise, "why": why})
+
+    def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
+        """`torch.onnx.export(dynamo=True)` of the reference form, nothing else: what a user gets without edgevit."""
+        image = example_image(spec.batch, spec.image_size or card.image.size)
+        with quiet(), _silent_streams(), torch.no_grad():
+            torch.onnx.export(model.eval(), (image,), path, dynamo=True, external_data=False, verbose=False)
+
+
+def choose_pointwise(model: str, wish: str) -> tuple[Literal["dense", "grouped"], str]:
+    """Dense or grouped pointwise convolutions, and why: the user's wish, else the recorded measurement."""
+    if wish in ("dense", "grouped"):
+        return "dense" if wish == "dense" else "grouped", "asked for"
+    text = resources.files(__package__ or "").joinpath("measurements.json").read_text(encoding="utf-8")
+    record: dict[str, Any] | None = json.loads(text)["grouped_over_dense"].get(model)
+    if record is None:
+        return "dense", "no grouped convolutions measured for this model"
+    faster: Literal["dense", "grouped"] = "grouped" if record["ratio"] > 1 else "dense"
+    return faster, f"grouped over dense {record['ratio']:.2f}x [{record['low']:.2f}, {record['high']:.2f}], {record['date']}"
+
+
+def output_names(model: nn.Module, spec: ExportSpec) -> list[str]:
+    """The graph's outputs: logits, or the fields of the features that the network returns."""
+    if not spec.features_only:
+        return ["logits"]
+    with torch.no_grad():
+        features = model(torch.zeros(1, 3, *(spec.image_size or (224, 224))))
+    return list(features._fields)
+
+
+def to_graph(program: ExportedProgram, outputs: list[str]) -> ir.Model:
+    """The ONNX graph of a captured program; input `image`, outputs as named.
+
+    Raises:
+        ExportError: PyTorch's exporter has no translation for an operator.
+    """
+    try:
+        with quiet(), _silent_streams():
+            converted = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, input_names=["image"], output_names=outputs, verbose=False
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"conversion to ONNX: {str(error).strip().splitlines()[0]}") from error
+    if converted is None:
+        raise ExportError("conversion to ONNX: PyTorch's exporter returned nothing; please report the model")
+    graph: ir.Model = converted.model
+    graph.producer_name, graph.producer_version = "edgevit", None
+    return graph
+
+
+def save(graph: ir.Model, path: Path) -> None:
+    """Write the model, weights inside the file unless they would exceed protobuf's limit."""
+    weights = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
+    ir.save(graph, path, external_data=f"{path.name}.data" if weights > EXTERNAL_BYTES else None)
+
+
+def _signature(value: ir.Value) -> TensorSpec:
+    if value.name is None or value.shape is None or value.dtype is None:
+        raise ExportError("conversion to ONNX: an input or output has no name, shape or type; please report the model")
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    layout = "NCHW" if len(shape) == 4 else ""
+    return TensorSpec(value.name, shape, value.dtype.numpy().name, layout)
+
+
+@contextlib.contextmanager
+def _silent_streams() -> Iterator[None]:
+    """PyTorch's exporter prints progress; stdout belongs to the caller's JSON."""
+    with contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
+        yield

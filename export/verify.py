@@ -1,0 +1,61 @@
+"""A runtime's outputs against the float32 reference, on real pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevit.errors import UnknownNameError
+from edgevit.specs import Parity
+
+Outputs = Mapping[str, NDArray[np.float32]]
+
+# precision: largest absolute difference of a logit, smallest cosine of an output. fp32 differs by summation order
+# alone, about 1e-5 here; 1e-3 is far above it and far below what moves a class.
+LIMITS = {"fp32": (1e-3, 0.99999)}
+
+
+def compare_outputs(expected: Outputs, actual: Outputs, precision: str, runtime: str) -> Parity:
+    """Parity over all outputs of one batch of pictures.
+
+    Logits are compared as they are. Features have no fixed scale: their difference is taken relative to the root mean
+    square of the map, where that is above one. A near tie is no disagreement: top-1 agrees when the reference's value
+    for the runtime's class is within the limit of its largest.
+    """
+    if precision not in LIMITS:
+        raise UnknownNameError("precision", precision, LIMITS)
+    max_abs_limit, cosine_limit = LIMITS[precision]
+    differences, cosines = [], []
+    for name, reference in expected.items():
+        scale = 1.0 if name == "logits" else max(1.0, float(np.sqrt(np.mean(np.square(reference, dtype=np.float64)))))
+        differences.append(float(np.max(np.abs(actual[name].astype(np.float64) - reference))) / scale)
+        cosines.append(cosine(reference, actual[name]))
+    top1 = None
+    if "logits" in expected:
+        top1 = top1_agreement(expected["logits"], actual["logits"], max_abs_limit)
+    return Parity(
+        inputs=next(iter(expected.values())).shape[0],
+        max_abs=max(differences) if not np.isnan(differences).any() else float("inf"),
+        max_abs_limit=max_abs_limit,
+        cosine=min(cosines),
+        cosine_limit=cosine_limit,
+        top1_agreement=top1,
+        reference="reference form, PyTorch float32",
+        runtime=runtime,
+    )
+
+
+def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Cosine of the angle between two tensors as vectors; -1 where either is not finite."""
+    x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+    value = float(x @ y) / norm if norm > 0 else float(np.array_equal(x, y))
+    return value if np.isfinite(value) else -1.0
+
+
+def top1_agreement(expected: NDArray[np.float32], actual: NDArray[np.float32], tie: float) -> float:
+    """Share of pictures on which both name the same class, (n, classes) each."""
+    chosen = expected[np.arange(len(expected)), actual.argmax(1)]
+    return float(np.mean(expected.max(1) - chosen <= tie))

@@ -1,0 +1,223 @@
+"""Small networks with weights that leave no branch idle, and what every rewrite of the deploy form promises.
+
+A rewrite's proof is only as good as its weights: with initial ones a dynamic ReLU is a plain ReLU, a norm the identity
+and an attention uniform, so that a wrong rewrite of them would pass. `test_deploy_pipeline.py` checks that here every
+parameter and statistic moves the output.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from edgevit.export.deploy import REWRITES, DeploySpec
+from edgevit.export.deploy.certificate import Rewrite, certify
+from edgevit.models.mobile_former import CONFIGS, MobileFormer, MobileFormerConfig, Row
+from edgevit.specs import Certificate
+
+EXACT = 1e-9  # of float64 rewrites, which land near 1e-15: the design's limit, MAX_REL of the certificates
+SIZES = ((32, 32), (64, 96))  # the smallest legal map (1x1 at stride 32), and one that is not square
+CLASSES = 10
+
+
+def rows(*values: tuple[Any, int, int, int, int]) -> tuple[Row, ...]:
+    return tuple(Row(*value) for value in values)
+
+
+# Every kind of block: lite with stride and with residual, pointwise first with and without residual, a hidden width that
+# is and is not a multiple of 16, depthwise multipliers 1 to 4, even and odd.
+STRIDED = rows(
+    ("D", 3, 12, 2, 0), ("S", 3, 12, 1, 3), ("D", 4, 16, 2, 2), ("S", 2, 24, 1, 1), ("D", 2, 24, 2, 3),
+    ("S", 2, 24, 1, 1), ("D", 3, 32, 2, 2),
+)  # fmt: skip
+RESIDUAL = rows(("D", 2, 8, 1, 0), ("D", 3, 12, 2, 4), ("D", 1, 16, 2, 2), ("S", 3, 16, 1, 1), ("D", 2, 16, 2, 1), ("D", 2, 32, 2, 2))
+TINY = {
+    "plain": (MobileFormerConfig(8, 3, 32, 24, STRIDED), {}),
+    "residual": (MobileFormerConfig(8, 5, 48, 24, RESIDUAL), {}),
+    "grouped": (MobileFormerConfig(8, 3, 32, 24, STRIDED, groups=4), {}),
+    "two_groups": (MobileFormerConfig(8, 5, 48, 24, RESIDUAL, groups=2), {}),
+    "spatial": (MobileFormerConfig(8, 3, 32, 24, STRIDED), {"spatial_dynamic_relu": True}),
+    "spatial_grouped": (MobileFormerConfig(8, 3, 32, 24, STRIDED, groups=4), {"spatial_dynamic_relu": True}),
+    "features": (MobileFormerConfig(8, 3, 32, 24, STRIDED), {"features_only": True}),
+    "spatial_features": (
+        MobileFormerConfig(8, 5, 48, 24, RESIDUAL),
+        {"features_only": True, "spatial_dynamic_relu": True},
+    ),
+}
+
+
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    """`module` in float64 and eval, every parameter and statistic drawn so that clips, norms and softmaxes all work."""
+    draw = torch.Generator().manual_seed(seed)
+    module.double().eval().requires_grad_(False)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        noise = torch.randn(tensor.shape, dtype=tensor.dtype, generator=draw)
+        if name.endswith("running_var"):
+            tensor.copy_(0.5 + noise.abs())
+        elif "tokens.weight" in name:
+            tensor.copy_(noise)
+        elif tensor.dim() >= 2:
+            steers = "hyper.2" in name or "alpha.0" in name  # their outputs are clipped at -3 and 3: reach both ends
+            tensor.copy_((4.0 if steers else 1.2) * noise / tensor[0].numel() ** 0.5)
+        else:
+            tensor.copy_((1.0 if name.endswith("weight") else 0.0) + 0.3 * noise)
+    return module
+
+
+def build(name: str, seed: int = 0, **options: Any) -> MobileFormer:
+    """A network of `TINY`, or of the published table, with random weights in float64."""
+    config, fixed = TINY[name] if name in TINY else (CONFIGS[name], {})
+    model = MobileFormer(config, num_classes=CLASSES, **{**fixed, **options})
+    randomized(model, seed)
+    return model
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    """Random float64 input; seed 0 is the certificate's own picture."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(out: Any) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+def difference(actual: Any, expected: Any) -> float:
+    """Largest difference over the largest expected magnitude, over all outputs; shapes and types must agree."""
+    pairs = list(zip(tensors(actual), tensors(expected), strict=True))
+    assert [a.shape for a, _ in pairs] == [e.shape for _, e in pairs]
+    assert [a.dtype for a, _ in pairs] == [e.dtype for _, e in pairs]
+    return max(((a - e).abs().max() / e.abs().max()).item() for a, e in pairs)
+
+
+def batches(spec: DeploySpec) -> tuple[int, ...]:
+    return (1, 2, 5) if spec.batch == "dynamic" else (spec.batch,)
+
+
+def prepared(rewrite: Rewrite, model: nn.Module, spec: DeploySpec) -> nn.Module:
+    """A copy of `model` as it comes to `rewrite` in the pipeline: all earlier rewrites applied."""
+    form = copy.deepcopy(model)
+    for earlier in REWRITES[: REWRITES.index(rewrite)]:
+        form = earlier(form, spec)[0]
+    return form
+
+
+def certified(rewrite: Rewrite, model: nn.Module, spec: DeploySpec) -> tuple[nn.Module, Certificate]:
+    """Apply `rewrite` and hold it to what every rewrite promises; return the rewritten module and its certificate."""
+    picture, state = str(model), {key: value.clone() for key, value in model.state_dict().items()}
+    after, certificate = certify(rewrite, model, spec)
+    assert certificate is not None
+    assert certificate.rewrite == rewrite.__name__
+    assert certificate.places > 0
+    assert certificate.max_rel < EXACT
+    assert str(model) == picture
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for batch in batches(spec):
+        images = normal(batch, 3, spec.height, spec.width)
+        assert difference(after(images), model(images)) < EXACT
+    again, places, _ = rewrite(copy.deepcopy(after), spec)
+    assert places == 0
+    assert str(again) == str(after)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in after.state_dict().items())
+    return after, certificate
+
+
+def alone(rewrite: Rewrite, module: nn.Module, batch: int | str = 1) -> nn.Module:
+    """`rewrite` on a single block, which a rewrite only finds inside a parent; a second application finds nothing."""
+    spec = DeploySpec(batch, 32, 32)  # type: ignore[arg-type]  # 1, 2, ... or "dynamic"
+    parent, places, _ = rewrite(nn.ModuleDict({"block": copy.deepcopy(module)}), spec)
+    assert places == 1
+    assert rewrite(parent, spec)[1] == 0
+    block = parent.get_submodule("block")
+    assert type(block) is not type(module)
+    return block
+
+
+class Recorder(TorchDispatchMode):
+    """What really ran: (operator, elements of its first tensor operand)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        size = next((a.numel() for a in args if isinstance(a, Tensor)), 0)
+        self.calls.append((str(func).removeprefix("aten.").split(".")[0], size))
+        return func(*args, **(kwargs or {}))
+
+    def count(self, *names: str, elements: int | None = None) -> int:
+        return sum(name in names and elements in (None, size) for name, size in self.calls)
+
+
+@contextmanager
+def recorded() -> Iterator[Recorder]:
+    with Recorder() as recorder:
+        yield recorder
+
+
+def kinds(module: nn.Module) -> Counter[str]:
+    """How many submodules of each class there are."""
+    return Counter(type(m).__name__ for m in module.modules())
+
+
+class Workshop:
+    """The functions above, for test modules: pytest's importlib mode has no import between test files."""
+
+    exact = EXACT
+    build = staticmethod(build)
+    randomized = staticmethod(randomized)
+    normal = staticmethod(normal)
+    tensors = staticmethod(tensors)
+    difference = staticmethod(difference)
+    prepared = staticmethod(prepared)
+    certified = staticmethod(certified)
+    alone = staticmethod(alone)
+    recorded = staticmethod(recorded)
+    kinds = staticmethod(kinds)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # two threads on a busy machine turn float64 depthwise convolutions from ms into minutes
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def shop() -> Workshop:
+    return Workshop()
+
+
+@pytest.fixture(params=TINY)
+def tiny(request: pytest.FixtureRequest) -> MobileFormer:
+    """Each small network in turn."""
+    return build(request.param)
+
+
+@pytest.fixture(params=SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def size(request: pytest.FixtureRequest) -> tuple[int, int]:
+    """(height, width)."""
+    chosen: tuple[int, int] = request.param
+    return chosen
+
+
+Batches = Callable[[DeploySpec], tuple[int, ...]]
+
+
+@pytest.fixture(params=[1, 3, "dynamic"], ids=lambda batch: f"batch_{batch}")
+def batch(request: pytest.FixtureRequest) -> Any:
+    """What a spec's batch may be; "dynamic" is run at 1, 2 and 5 pictures."""
+    return request.param
