@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevit import __version__, inputs, registry
-from edgevit.artifact import Artifact, artifact_name, load_artifact, staged, write_manifest
+from edgevit.artifact import Artifact, artifact_name, describe_export, load_artifact, staged, write_manifest
 from edgevit.contracts import Built
-from edgevit.errors import ArtifactError, ParityError, RuntimeFailure, UnknownNameError, UsageError
+from edgevit.errors import ParityError, RuntimeFailure, UnknownNameError, UsageError
 from edgevit.runtimes import Session
-from edgevit.specs import Batch, BenchReport, ExportSpec, ImageSpec, ModelCard, Parity, check_batch, check_image_size
+from edgevit.specs import Batch, BenchReport, ExportSpec, ModelCard, Parity, check_batch, check_image_size
 
 Progress = Callable[[float, str], None]  # share done, what is being done
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "pillow")
@@ -135,44 +135,17 @@ def export_model(
         built = exporter.export(loaded.module, card, spec, stage)
         progress(0.8, "comparing with the reference on photographs")
         parity = _prove(loaded.module, card, spec, built, stage, exporter.runtime)
-        write_manifest(stage, {
-            **_manifest(card, spec, built, parity, command),
-            "weights": dict(loaded.weights),
-            "notes": list(loaded.notes),
-            "complexity": _complexity(stage, built),
-        })  # fmt: skip
+        record = describe_export(spec, card.image, built, parity)
+        record |= {"weights": dict(loaded.weights), "notes": list(loaded.notes), "command": command}
+        write_manifest(stage, record | {"complexity": _complexity(stage, built), "tools": _tools()})
         progress(1.0, "done")
     return load_artifact(Path(out) / name)
 
 
-def _manifest(card: ModelCard, spec: ExportSpec, built: Built, parity: Parity, command: str | None) -> dict[str, Any]:
+def _tools() -> dict[str, str]:
     from edgevit.bench.machine import library_versions
 
-    return {
-        "model": spec.model,
-        "target": spec.target,
-        "precision": spec.precision,
-        "model_file": built.model_file,
-        "inputs": [dataclasses.asdict(t) for t in built.inputs],
-        "outputs": [dataclasses.asdict(t) for t in built.outputs],
-        "image": {**dataclasses.asdict(card.image), "size": spec.image_size},
-        "labels": None,
-        "batch": spec.batch,
-        "features_only": spec.features_only,
-        "num_classes": spec.num_classes,
-        "options": dict(spec.options),
-        "choices": dict(built.choices),
-        "parity": _parity_record(parity),
-        "certificates": [dataclasses.asdict(c) for c in built.certificates],
-        "calibration": None,
-        "tools": {"edgevit": __version__, "python": platform.python_version(), **library_versions(TOOLS)},
-        "command": command,
-        "seed": spec.seed,
-    }
-
-
-def _parity_record(parity: Parity) -> dict[str, Any]:
-    return {**dataclasses.asdict(parity), "passed": parity.passed}
+    return {"edgevit": __version__, "python": platform.python_version(), **library_versions(TOOLS)}
 
 
 def _complexity(stage: Path, built: Built) -> dict[str, Any] | None:
@@ -263,7 +236,7 @@ def verify(path: str | Path, weights: str | Path | None = None) -> dict[str, Any
     with _session(artifact, None) as session:
         names = [spec.name for spec in session.runtime.outputs]
         _check_precision(session, manifest["precision"], str(path))
-        sample, stored = (_array(artifact, f"sample/{part}.npy") for part in ("input", "output"))
+        sample, stored = (artifact.array(f"sample/{part}.npy") for part in ("input", "output"))
         actual = session.run({"image": sample})
     first = {names[0]: stored}
     parity = compare_outputs(first, {names[0]: actual[names[0]]}, manifest["precision"], session.runtime.name)
@@ -281,16 +254,7 @@ def verify(path: str | Path, weights: str | Path | None = None) -> dict[str, Any
             f"{path}: not equal to its {against}: max abs {parity.max_abs:.2e} (limit {parity.max_abs_limit:.0e}), "
             f"cosine {parity.cosine:.6f}, top-1 agreement {parity.top1_agreement}; export the model again"
         )
-    return {"artifact": str(path), "against": against, "parity": _parity_record(parity)}
-
-
-def _array(artifact: Artifact, name: str) -> NDArray[np.float32]:
-    """An array of the artifact, without executing what a crafted file may hold."""
-    try:
-        array: NDArray[np.float32] = np.load(artifact.path / name, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{artifact.path / name}: not a NumPy array ({error}); export the model again") from None
-    return array
+    return {"artifact": str(path), "against": against, "parity": parity.record()}
 
 
 def _reference(manifest: Mapping[str, Any], weights: str | Path | None) -> tuple[Any, ModelCard]:
@@ -318,8 +282,7 @@ def predict(
     """
     artifact = load_artifact(path)
     manifest = artifact.manifest
-    spec = _image_spec(manifest)
-    batch = inputs.load_images([Path(image) for image in images], spec)
+    batch = inputs.load_images([Path(image) for image in images], artifact.image_spec)
     with _session(artifact, None) as session:
         outputs = _run_batches(session, batch, manifest["batch"])
     if "logits" not in outputs:
@@ -343,20 +306,6 @@ def predict(
             for image, classes, row in zip(images, order, shares, strict=True)
         ],
     }
-
-
-def _image_spec(manifest: Mapping[str, Any]) -> ImageSpec:
-    image = manifest["image"]
-    try:
-        return ImageSpec(
-            size=(int(image["size"][0]), int(image["size"][1])),
-            mean=tuple(image["mean"]),
-            std=tuple(image["std"]),
-            crop=float(image["crop"]),
-            interpolation=image["interpolation"],
-        )
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise ArtifactError("manifest: its image preprocessing is incomplete; export the model again") from None
 
 
 def benchmark(
@@ -441,7 +390,7 @@ def _race(
                 session = stack.enter_context(Session(runtime(path, threads)))  # type: ignore[call-arg]  # a runtime's own arguments
                 _check_precision(session, artifact.manifest["precision"], str(path))
                 precisions[name] = session.runtime.effective_precision
-                feed = {"image": _array(artifact, "sample/input.npy")}
+                feed = {"image": artifact.array("sample/input.npy")}
                 session.run(feed)  # checked once here; the timed calls go to the runtime itself
                 contestants.append(Contestant(name, lambda r=session.runtime, feed=feed: r.run(feed)))  # type: ignore[misc]  # bound now
             yield contestants

@@ -11,6 +11,7 @@ It is written beside its final place and renamed, so that an interrupted export 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -22,7 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevit.contracts import Built
 from edgevit.errors import ArtifactError, OutputError
+from edgevit.specs import ExportSpec, ImageSpec, Parity
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -46,6 +52,50 @@ class Artifact:
     def name(self) -> str:
         """The directory's name: model, target, precision and, where it is not the default, size."""
         return self.path.name
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """How a picture becomes the input of this model."""
+        image = self.manifest["image"]
+        try:
+            height, width = (int(side) for side in image["size"])
+            mean, std = (tuple(float(v) for v in image[key]) for key in ("mean", "std"))
+            return ImageSpec((height, width), mean, std, float(image["crop"]), image["interpolation"])  # type: ignore[arg-type]  # three values each, or preprocessing refuses them
+        except (KeyError, TypeError, ValueError):
+            raise ArtifactError(f"{self.path / MANIFEST}: image preprocessing is incomplete; export the model again") from None
+
+    def array(self, name: str) -> NDArray[np.float32]:
+        """A float32 array of the artifact, e.g. `sample/input.npy`; nothing that a crafted file holds is executed."""
+        try:
+            array = np.load(self.path / name, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{self.path / name}: not a NumPy array ({error}); export the model again") from None
+        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+            raise ArtifactError(f"{self.path / name}: expected a float32 array; export the model again")
+        return array
+
+
+def describe_export(spec: ExportSpec, image: ImageSpec, built: Built, parity: Parity) -> dict[str, Any]:
+    """The manifest's account of one export: what was asked for, what was built, how far it is from the reference."""
+    return {
+        "model": spec.model,
+        "target": spec.target,
+        "precision": spec.precision,
+        "model_file": built.model_file,
+        "inputs": [dataclasses.asdict(tensor) for tensor in built.inputs],
+        "outputs": [dataclasses.asdict(tensor) for tensor in built.outputs],
+        "image": {**dataclasses.asdict(image), "size": spec.image_size},
+        "labels": None,
+        "batch": spec.batch,
+        "features_only": spec.features_only,
+        "num_classes": spec.num_classes,
+        "options": dict(spec.options),
+        "choices": dict(built.choices),
+        "parity": parity.record(),
+        "certificates": [dataclasses.asdict(certificate) for certificate in built.certificates],
+        "calibration": None,
+        "seed": spec.seed,
+    }
 
 
 def artifact_name(model: str, target: str, precision: str, size: tuple[int, int], default: tuple[int, int]) -> str:

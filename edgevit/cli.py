@@ -1,12 +1,14 @@
 """The command line: arguments -> one api call -> lines or one JSON document; exit codes; progress. Nothing else.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 not equal to the reference, 4 regression, 5 inconclusive, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 usage, 3 not equal to the reference, 4 regression, 5 inconclusive, 128 + n signal n.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 err = Console(stderr=True, highlight=False)
-INTERRUPTED = 130  # what shells report for SIGINT
+PIPE_WIDTH = 200  # columns where no terminal limits them: tables are not cut off in a log
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Options = Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="What the family takes beside.")]
@@ -45,14 +47,16 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
-        app(standalone_mode=True)
+        app()
     except EdgevitError as error:
         if debug:
             raise
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing half written was left behind", INTERRUPTED)
+    except _Interrupted as interrupt:
+        _fail("interrupted; nothing half written was left behind", 128 + interrupt.number)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of stdout went away; Python would complain about it on exit
         sys.exit(1)
@@ -60,6 +64,18 @@ def main() -> None:
         if debug:
             raise
         _fail(f"internal error: {type(error).__name__}: {error}; run again with --debug and report what it prints", 1)
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or a termination request; not an Exception, so that every `finally` runs and no handler swallows it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise _Interrupted(number)
 
 
 def _fail(message: str, code: int) -> None:
@@ -74,7 +90,7 @@ def _emit(document: dict[str, Any] | list[Any], as_json: bool, show: Callable[[C
     if as_json:
         print(json.dumps(document, indent=2, allow_nan=False))
     else:
-        show(Console(highlight=False, soft_wrap=True))
+        show(Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH))
 
 
 @contextmanager
@@ -89,7 +105,7 @@ def _progress() -> Iterator[Callable[[float, str], None]]:
 
     def line(fraction: float, text: str) -> None:
         nonlocal last
-        step = text.split(":")[0]  # a race counts its rounds behind a colon; one line for each contestant is enough
+        step = re.sub(r"\d+", "", text)  # a counter that moves on is the same step
         if step != last:
             err.print(escape(text), soft_wrap=True)
             last = step
@@ -343,7 +359,8 @@ def bench(
             table.add_row(escape(result["name"]), result["effective_precision"], *cells, str(len(result["samples_ms"])))
         out.print(table)
         for comparison in document["comparisons"]:
-            out.print(escape(stats.describe_comparison(Comparison(**comparison))))
+            verdict = stats.describe_comparison(Comparison(**comparison))
+            out.print(escape(f"{comparison['candidate']} against {comparison['baseline']}: {verdict}"))
         for warning in document["warnings"]:
             err.print(escape(f"warning: {warning}"), soft_wrap=True)
 

@@ -5,7 +5,7 @@ Units stand in the names (`latency_ms`, `size_bytes`). Every record turns into J
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from edgevit.errors import UsageError
@@ -96,6 +96,10 @@ class Parity:
         """A NaN anywhere fails: every comparison with it is false."""
         agrees = self.top1_agreement is None or self.top1_agreement == 1.0
         return self.max_abs <= self.max_abs_limit and self.cosine >= self.cosine_limit and agrees
+
+    def record(self) -> dict[str, Any]:
+        """The fields and the verdict, for a manifest."""
+        return {**asdict(self), "passed": self.passed}
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from onnx_ir import passes
 from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
+from edgevit.errors import ExportError
+
 SHORT_AXIS = 16  # entries: below it a softmax kernel spends its time on row overhead, not on exponentials
 LARGE_SOFTMAX = 4096  # elements from which five small operators beat the slow softmax (35 against 172 us at 37,632)
-BLOCK = 16  # channels: ONNX Runtime's blocked convolutions want multiples of it on a 512-bit machine
-MANY_POSITIONS = 196  # 14x14, from which a Gemm on channel-first data beats a convolution of unaligned channels
+BLOCK = 16  # channels in a block of ONNX Runtime's convolutions on a 512-bit machine; fewer leave lanes idle
+MANY_POSITIONS = 196  # 14x14, from which a Gemm on channel-first data beats a convolution that fills no block
 
 
 class GemmTranspose(passes.InPlacePass):
@@ -74,21 +76,21 @@ def _softmax_parts(node: ir.Node, axis: int) -> Tape:
 
 
 class PointwiseGemm(passes.InPlacePass):
-    """A pointwise convolution of one picture as a Gemm on channel-first data, where its channels fill no whole blocks.
+    """A pointwise convolution of one picture as a Gemm on channel-first data, where its channels do not fill a block.
 
-    Given:  Conv(x, w, b), kernel 1x1, stride 1, one group, batch 1, channels not multiples of BLOCK
+    Given:  Conv(x, w, b), kernel 1x1, stride 1, one group, batch 1, fewer than BLOCK channels in or out
     Result: Reshape to (c, h w), Gemm(w, x, b), Reshape back
     """
 
     def call(self, model: ir.Model) -> passes.PassResult:
         """Apply the pass to the main graph."""
-        found = [node for node in model.graph if _is_unaligned_pointwise(node)]
+        found = [node for node in model.graph if _is_narrow_pointwise(node)]
         for node in found:
             _replace(node, _gemm_parts(node))
         return passes.PassResult(model, bool(found))
 
 
-def _is_unaligned_pointwise(node: ir.Node) -> bool:
+def _is_narrow_pointwise(node: ir.Node) -> bool:
     if node.op_type != "Conv" or node.attributes.get_int("group", 1) != 1:
         return False
     x, w = node.inputs[0], node.inputs[1]
@@ -99,8 +101,7 @@ def _is_unaligned_pointwise(node: ir.Node) -> bool:
     strides = list(node.attributes.get_ints("strides", [1, 1]))
     if batch != 1 or kernel != [1, 1] or strides != [1, 1] or not isinstance(height, int) or not isinstance(width, int):
         return False
-    import os; B=int(os.environ.get("MB","16"))
-    return min(c_in, c_out) < B and height * width >= MANY_POSITIONS
+    return min(c_in, c_out) < BLOCK and height * width >= MANY_POSITIONS
 
 
 def _gemm_parts(node: ir.Node) -> Tape:
@@ -154,6 +155,14 @@ FINISH: tuple[ir.passes.PassBase, ...] = (
 
 
 def run(model: ir.Model, sequence: Sequence[ir.passes.PassBase]) -> ir.Model:
-    """Apply the passes once, in order."""
-    result: ir.Model = ir.passes.Sequential(*sequence)(model).model
+    """Apply the passes once, in order.
+
+    Raises:
+        ExportError: a pass failed; a bug or an unsupported graph.
+    """
+    try:
+        result: ir.Model = ir.passes.Sequential(*sequence)(model).model
+    except ir.passes.PassError as error:
+        cause = error.__cause__ or error
+        raise ExportError(f"graph passes: {type(cause).__name__}: {cause}; please report the model and its options") from error
     return result

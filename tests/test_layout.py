@@ -139,6 +139,19 @@ def reason_problems(root: Path) -> list[str]:
     return problems
 
 
+def document_problems(root: Path) -> list[str]:
+    """Links between the documents and files resolve, and CONTRIBUTING.md has a link to each package's folder."""
+    problems, linked = [], set()
+    for document in sorted(root.glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
+            linked.add((document.name, target.rstrip("/")))
+            if not (root / target).exists():
+                problems.append(f"{document.name}: links to {target}, which does not exist")
+    folders = {file.parent.as_posix() for file in python_files(root, "edgevit", *FOLDERS)}
+    missing = sorted(folder for folder in folders if ("CONTRIBUTING.md", folder) not in linked)
+    return problems + [f"CONTRIBUTING.md: its tree lacks {folder}" for folder in missing]
+
+
 def python(root: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run `code` with the house at `root` first on the path, whatever is installed."""
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -206,6 +219,7 @@ CHECKS: list[Check] = [
     import_problems,
     length_problems,
     reason_problems,
+    document_problems,
     guard_problems,
     core_problems,
     light_problems,
@@ -257,6 +271,7 @@ edgevit = "edgevit"
     "export/capture.py": "from edgevit.errors import A\nfrom .deploy.fold import B\n",
     "runtimes/__init__.py": guarded("runtimes"),
     "bench/__init__.py": guarded("bench"),
+    "CONTRIBUTING.md": "[a](edgevit) [b](edgevit/models) [c](export) [d](export/deploy/) [e](runtimes#f) [g](bench)",
     "tests/test_net.py": "def test_net() -> None: ...\n",
 }
 
@@ -316,6 +331,8 @@ LONG = "def f() -> None:\n" + "    ...\n" * FUNCTION_LINES
         (length_problems, "bench/a.py", LONG, "bench/a.py:1: f has 46 lines, at most 45"),
         (reason_problems, "bench/a.py", "x = 1  # noqa: E501", "bench/a.py:1: silenced without a reason"),
         (reason_problems, "bench/a.py", "x = 1  # type: ignore[misc]", "bench/a.py:1: silenced without a reason"),
+        (document_problems, "README.md", "[a](docs/gone.md)", "README.md: links to docs/gone.md, which does not exist"),
+        (document_problems, "CONTRIBUTING.md", "[a](export)", "CONTRIBUTING.md: its tree lacks bench"),
         (core_problems, "edgevit/a.py", "import torch", "edgevit.a: No module named 'torch'"),
         (core_problems, "edgevit/a.py", "import onnx_ir.passes", "edgevit.a: No module named 'onnx_ir'"),
         (core_problems, "edgevit/models/a.py", "import onnx", "edgevit.models.a: No module named 'onnx'"),

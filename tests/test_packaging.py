@@ -84,7 +84,8 @@ def test_photographs_types_and_licences_are_inside(names: list[str]) -> None:
 
 
 def test_no_test_is_inside(names: list[str]) -> None:
-    assert [name for name in names if "test" in name or "golden" in name] == []
+    folders_and_files = [Path(name) for name in names]
+    assert [p for p in folders_and_files if {"tests", "golden"} & set(p.parts) or p.name.startswith("test_")] == []
 
 
 IMPORT_ALL = """

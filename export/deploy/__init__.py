@@ -11,7 +11,7 @@ from edgevit.specs import Certificate
 
 from .batchnorm import fold_batchnorm
 from .bridges import channel_first_bridges
-from .certificate import DeploySpec, Rewrite, certify
+from .certificate import DeploySpec, Rewrite, certify, probe
 from .channel_shuffle import densify_pointwise, gather_shuffle
 from .dynamic_relu import clip_slopes
 from .former import masked_former
@@ -43,8 +43,9 @@ def deploy(model: nn.Module, spec: DeploySpec) -> tuple[nn.Module, list[Certific
     certificates = []
     with torch.no_grad():
         form = copy.deepcopy(model).eval().double().requires_grad_(False)
+        probed = probe(form, spec)
         for rewrite in REWRITES:
-            form, certificate = certify(rewrite, form, spec)
+            form, certificate, probed = certify(rewrite, form, spec, probed)
             if certificate is not None:
                 certificates.append(certificate)
         return form.float(), certificates

@@ -36,41 +36,57 @@ Changed = tuple[nn.Module, int, tuple[str, ...]]  # the rewritten module, how ma
 Rewrite = Callable[[nn.Module, DeploySpec], Changed]
 
 
-def certify(rewrite: Rewrite, model: nn.Module, spec: DeploySpec) -> tuple[nn.Module, Certificate | None]:
-    """Apply `rewrite` to a copy of `model` (float64, eval) and measure it; None where nothing matched.
+@dataclass(frozen=True)
+class Probe:
+    """What a module computes on the test image, and what it costs."""
+
+    outputs: tuple[Tensor, ...]
+    operations: int
+    parameters: int
+
+
+def probe(module: nn.Module, spec: DeploySpec) -> Probe:
+    """Run a float64 module on a fixed random image of the shape of `spec`; two pictures where the batch is not one."""
+    shape = (1 if spec.batch == 1 else 2, 3, spec.height, spec.width)
+    image = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), _CountOperations() as counter:
+        out = module(image)
+    return Probe((out,) if isinstance(out, Tensor) else tuple(out), counter.operations, _parameters(module))
+
+
+def certify(
+    rewrite: Rewrite, model: nn.Module, spec: DeploySpec, before: Probe | None = None
+) -> tuple[nn.Module, Certificate | None, Probe]:
+    """Apply `rewrite` to a copy of `model` (float64, eval) and measure it; no certificate where nothing matched.
+
+    `before` is the probe of `model` where the caller has it; the probe of the result is returned for the next rewrite.
 
     Raises:
         ExportError: the rewritten module computes something else. That is a bug of the rewrite, never of the model.
     """
-    name = rewrite.__name__
+    before = probe(model, spec) if before is None else before
     after, places, notes = rewrite(copy.deepcopy(model), spec)
     if places == 0:
-        return model, None
-    image = torch.randn(
-        1 if spec.batch == 1 else 2,  # two pictures where the batch is not one: a mixed-up batch shows
-        3, spec.height, spec.width,
-        dtype=torch.float64, generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    with torch.no_grad():
-        expected, operations_before = _run(model, image)
-        actual, operations_after = _run(after, image)
-    max_rel = max(relative_difference(a, e) for a, e in zip(actual, expected, strict=True))
+        return model, None, before
+    now = probe(after, spec)
+    max_rel = max(relative_difference(a, e) for a, e in zip(now.outputs, before.outputs, strict=True))
     if not max_rel <= MAX_REL:
         raise ExportError(
-            f"rewrite {name}: relative difference {max_rel:.1e} in float64, at most {MAX_REL:.0e} allowed; "
+            f"rewrite {rewrite.__name__}: relative difference {max_rel:.1e} in float64, at most {MAX_REL:.0e} allowed; "
             "this is a bug of the rewrite: please report it with the model and its options"
         )
-    return after, Certificate(
-        rewrite=name,
+    certificate = Certificate(
+        rewrite=rewrite.__name__,
         places=places,
         max_rel=max_rel,
-        parameters_before=_parameters(model),
-        parameters_after=_parameters(after),
-        operations_before=operations_before,
-        operations_after=operations_after,
+        parameters_before=before.parameters,
+        parameters_after=now.parameters,
+        operations_before=before.operations,
+        operations_after=now.operations,
         input_independent=True,  # a rewrite is handed the module and a shape, never an image
         notes=notes,
     )
+    return after, certificate, now
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
@@ -85,12 +101,6 @@ def _parameters(module: nn.Module) -> int:
     """Elements of parameters and of floating buffers, which is where folded constants live."""
     tensors = [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]
     return sum(t.numel() for t in tensors)
-
-
-def _run(module: nn.Module, image: Tensor) -> tuple[list[Tensor], int]:
-    with _CountOperations() as counter:
-        out = module(image)
-    return ([out] if isinstance(out, Tensor) else list(out)), counter.operations
 
 
 class _CountOperations(TorchDispatchMode):

@@ -37,7 +37,7 @@ def merge_token_stream(model: nn.Module, spec: DeploySpec) -> Changed:
 class TokenStream(nn.Module):
     """The deploy form of Mobile-Former as a whole."""
 
-    tokens: Tensor
+    embedding: Tensor
     queries: Tensor
     gates: Tensor
 
@@ -60,7 +60,7 @@ class TokenStream(nn.Module):
         embedding = model.tokens.weight.detach()
         self.count = embedding.shape[0]
         q, gate = split_heads(bridges[0].queries(embedding), self.count, parts=2)
-        self.register_buffer("tokens", embedding + bridges[0].proj.bias.detach())
+        self.register_buffer("embedding", embedding + bridges[0].proj.bias.detach())
         self.register_buffer("queries", q.detach())
         self.register_buffer("gates", gate.detach().clamp(0, 2))
 
@@ -68,7 +68,7 @@ class TokenStream(nn.Module):
         """image (n, 3, h, w) -> logits (n, classes), or `Features`."""
         x = self.stem(image)
         for lite in self.lite:
-            x, _ = lite(x, self.tokens)
+            x, _ = lite(x, self.embedding)
         z, q, gate = self.first_tokens(image), self.queries, self.gates
         maps: dict[int, Tensor] = {self.strides[len(self.lite) - 1]: x} if len(self.lite) else {}
         heads = map_heads(x)
@@ -87,8 +87,8 @@ class TokenStream(nn.Module):
     def first_tokens(self, image: Tensor) -> Tensor:
         """The token embedding for every picture: (n t, d)."""
         if self.one_picture:
-            return self.tokens
-        return self.tokens.expand(image.shape[0], -1, -1).flatten(0, 1)
+            return self.embedding
+        return self.embedding.expand(image.shape[0], -1, -1).flatten(0, 1)
 
 
 class StreamBlock(nn.Module):
