@@ -12,8 +12,8 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 from edgevit.errors import UsageError
 from edgevit.specs import BenchReport, LatencyResult
@@ -264,16 +264,40 @@ def measure_loads(
     for i in range(loads):
         with load() as contestants:
             part = replace(share, seed=settings.seed + i)
-            reports.append(measure(contestants, part, clock, lambda f, text, i=i: progress((i + f) / loads, text)))
+            reports.append(measure(contestants, part, clock, part_of(progress, i, loads)))
     results = tuple(_pooled(parts, settings) for parts in zip(*(r.results for r in reports), strict=True))
     warnings = tuple(dict.fromkeys(w for r in reports for w in r.warnings))
     comparisons = tuple(compare(results[0], other, settings.seed) for other in results[1:])
-    return BenchReport(results, comparisons, warnings, sum(r.rounds for r in reports), settings.seed, reports[-1].stopped_by)
+    return BenchReport(
+        results, comparisons, warnings, sum(r.rounds for r in reports), settings.seed, reports[-1].stopped_by
+    )
+
+
+def document(
+    reports: Sequence[BenchReport], settings: BenchSettings, threads: int | None, loads: int, machine: dict[str, Any]
+) -> dict[str, Any]:
+    """Races as one JSON document; `comparison` is the first of `comparisons`, or None where nothing raced."""
+    comparisons = [asdict(comparison) for report in reports for comparison in report.comparisons]
+    return {
+        "results": [asdict(result) for report in reports for result in report.results],
+        "comparison": comparisons[0] if comparisons else None,
+        "comparisons": comparisons,
+        "warnings": list(dict.fromkeys(warning for report in reports for warning in report.warnings)),
+        "settings": {**asdict(settings), "threads": threads, "loads": loads},
+        "machine": machine,
+    }
+
+
+def part_of(progress: Progress, index: int, count: int) -> Progress:
+    """Progress of one of `count` equal parts as progress of the whole."""
+    return lambda fraction, text: progress((index + fraction) / count, text)
 
 
 def _pooled(parts: Sequence[LatencyResult], settings: BenchSettings) -> LatencyResult:
     """One contestant's results from several loads; rounds keep counting from load to load."""
-    samples, rounds, offset = [], [], 0
+    samples: list[float] = []
+    rounds: list[int] = []
+    offset = 0
     for part in parts:
         samples += part.samples_ms
         rounds += [r + offset for r in part.rounds]

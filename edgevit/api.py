@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from edgevit import __version__, inputs, registry
 from edgevit.artifact import Artifact, artifact_name, describe_export, load_artifact, staged, write_manifest
 from edgevit.contracts import Built
-from edgevit.errors import ParityError, RuntimeFailure, UnknownNameError, UsageError
+from edgevit.errors import ParityError, UnknownNameError, UsageError
 from edgevit.runtimes import Session
 from edgevit.specs import Batch, BenchReport, ExportSpec, ModelCard, Parity, check_batch, check_image_size
 
@@ -41,7 +40,9 @@ def list_models(pattern: str = "*", family: str | None = None) -> list[str]:
     return [name for name in registry.model_names(pattern) if of_family is None or name in of_family]
 
 
-def info(model: str, image_size: tuple[int, int] | None = None, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def info(
+    model: str, image_size: tuple[int, int] | None = None, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What is known of a model: exact parameters, MACs and FLOPs at a size, the paper's figures, its options.
 
     Raises:
@@ -129,7 +130,13 @@ def export_model(
     with staged(Path(out), name, force=force) as stage:
         progress(0.0, "loading weights")
         loaded = load_model(
-            model, weights, num_classes, features_only=features_only, options=dict(spec.options), seed=seed, randomize=True
+            model,
+            weights,
+            num_classes,
+            features_only=features_only,
+            options=dict(spec.options),
+            seed=seed,
+            randomize=True,
         )
         progress(0.1, "exporting")
         built = exporter.export(loaded.module, card, spec, stage)
@@ -183,27 +190,11 @@ def _compare(
     from edgevit.export.verify import compare_outputs
 
     with Session(registry.runtime_class("torch")(module, images.shape[2:])) as reference:  # type: ignore[call-arg]  # a runtime's own arguments
-        expected = _run_batches(reference, images, 1)
+        expected = reference.run_all(images, 1)
     with Session(registry.runtime_class(runtime)(path)) as session:  # type: ignore[call-arg]  # a runtime's own arguments
-        _check_precision(session, precision, str(path))
-        actual = _run_batches(session, images, batch)
+        session.require_precision(precision, path)
+        actual = session.run_all(images, batch)
     return expected, compare_outputs(expected, actual, precision, runtime)
-
-
-def _run_batches(session: Session, images: NDArray[np.float32], batch: Batch) -> dict[str, NDArray[Any]]:
-    """Outputs for all pictures: in batches of the static size, the last one filled up; a dynamic batch as 1 and the rest."""
-    chunks = [images[:1], images[1:]] if batch == "dynamic" else [images[i : i + batch] for i in range(0, len(images), batch)]
-    parts = []
-    for chunk in (c for c in chunks if len(c)):
-        filled = chunk if batch == "dynamic" or len(chunk) == batch else np.resize(chunk, (batch, *chunk.shape[1:]))
-        parts.append({name: array[: len(chunk)] for name, array in session.run({"image": filled}).items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _check_precision(session: Session, wanted: str, where: str) -> None:
-    actual = session.runtime.effective_precision
-    if actual != wanted:
-        raise RuntimeFailure(f"{where}: runs in {actual}, expected {wanted}; its numbers would be of another model")
 
 
 def load(path: str | Path, threads: int | None = None) -> Session:
@@ -235,7 +226,7 @@ def verify(path: str | Path, weights: str | Path | None = None) -> dict[str, Any
     manifest = artifact.manifest
     with _session(artifact, None) as session:
         names = [spec.name for spec in session.runtime.outputs]
-        _check_precision(session, manifest["precision"], str(path))
+        session.require_precision(manifest["precision"], artifact.path)
         sample, stored = (artifact.array(f"sample/{part}.npy") for part in ("input", "output"))
         actual = session.run({"image": sample})
     first = {names[0]: stored}
@@ -284,7 +275,7 @@ def predict(
     manifest = artifact.manifest
     batch = inputs.load_images([Path(image) for image in images], artifact.image_spec)
     with _session(artifact, None) as session:
-        outputs = _run_batches(session, batch, manifest["batch"])
+        outputs = session.run_all(batch, manifest["batch"])
     if "logits" not in outputs:
         raise UsageError(f"{path}: has no logits (outputs {', '.join(outputs)}); run needs a classifier")
     logits = outputs["logits"].astype(np.float64)
@@ -327,7 +318,7 @@ def benchmark(
         UsageError, UnknownNameError, ArtifactError, RuntimeFailure.
     """
     from edgevit.bench.machine import machine_record
-    from edgevit.bench.timing import BenchSettings
+    from edgevit.bench.timing import BenchSettings, document, part_of
 
     if not items:
         raise UsageError("bench: nothing to measure; give artifacts or model names")
@@ -343,8 +334,8 @@ def benchmark(
             entries = [(_entry_name(a, race), a, a.model_file) for a in race]
             if vs == "naive":
                 entries.insert(0, (f"{race[0].name} (naive)", race[0], _naive(race[0], Path(scratch))))
-            reports.append(_race(entries, settings, threads, loads, lambda f, t, i=i: progress((i + f) / len(races), t)))
-    return _bench_document(reports, settings, threads, loads, {"before": before, "after": machine_record()})
+            reports.append(_race(entries, settings, threads, loads, part_of(progress, i, len(races))))
+    return document(reports, settings, threads, loads, {"before": before, "after": machine_record()})
 
 
 def _artifact_of(item: Artifact | str | Path, scratch: Path, progress: Progress) -> Artifact:
@@ -368,7 +359,9 @@ def _entry_name(artifact: Artifact, race: Sequence[Artifact]) -> str:
 def _naive(artifact: Artifact, scratch: Path) -> Path:
     manifest = artifact.manifest
     module, card = _reference({**manifest, "seed": 0}, None)
-    spec = ExportSpec(manifest["model"], manifest["target"], image_size=tuple(manifest["image"]["size"]), batch=manifest["batch"])
+    spec = ExportSpec(
+        manifest["model"], manifest["target"], image_size=tuple(manifest["image"]["size"]), batch=manifest["batch"]
+    )
     path = scratch / f"{artifact.name}-naive.onnx"
     registry.exporter(manifest["target"]).export_naive(module, card, spec, path)
     return path
@@ -388,7 +381,7 @@ def _race(
             for name, artifact, path in entries:
                 runtime = registry.runtime_class(registry.exporter(artifact.manifest["target"]).runtime)
                 session = stack.enter_context(Session(runtime(path, threads)))  # type: ignore[call-arg]  # a runtime's own arguments
-                _check_precision(session, artifact.manifest["precision"], str(path))
+                session.require_precision(artifact.manifest["precision"], path)
                 precisions[name] = session.runtime.effective_precision
                 feed = {"image": artifact.array("sample/input.npy")}
                 session.run(feed)  # checked once here; the timed calls go to the runtime itself
@@ -400,36 +393,15 @@ def _race(
     return dataclasses.replace(report, results=results)
 
 
-def _bench_document(
-    reports: Sequence[BenchReport], settings: Any, threads: int | None, loads: int, machine: dict[str, Any]
-) -> dict[str, Any]:
-    comparisons = [dataclasses.asdict(c) for report in reports for c in report.comparisons]
-    return {
-        "results": [dataclasses.asdict(r) for report in reports for r in report.results],
-        "comparison": comparisons[0] if comparisons else None,
-        "comparisons": comparisons,
-        "warnings": list(dict.fromkeys(w for report in reports for w in report.warnings)),
-        "settings": {**dataclasses.asdict(settings), "threads": threads, "loads": loads},
-        "machine": machine,
-    }
-
-
 def doctor() -> dict[str, Any]:
     """What of edgevit works on this machine: versions, targets and runtimes with what they lack, the processor."""
     from edgevit.bench.machine import machine_record
 
-    def check(kind: str, name: str) -> dict[str, Any]:
-        try:
-            (registry.exporter if kind == "target" else registry.runtime_class)(name)
-        except Exception as error:  # a broken package may raise anything on import; doctor reports it
-            return {"kind": kind, "name": name, "ok": False, "problem": str(error).splitlines()[0] if str(error) else repr(error)}
-        return {"kind": kind, "name": name, "ok": True, "problem": None}
-
-    checks = [check("target", n) for n in registry.TARGETS] + [check("runtime", n) for n in registry.RUNTIMES if n != "fake"]
+    checks = registry.check_all()
     return {
         "edgevit": __version__,
-        "python": sys.version.split()[0],
-        "ok": all(c["ok"] for c in checks),
+        "python": platform.python_version(),
+        "ok": all(check["ok"] for check in checks),
         "checks": checks,
         "machine": machine_record(),
     }

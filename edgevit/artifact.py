@@ -62,7 +62,9 @@ class Artifact:
             mean, std = (tuple(float(v) for v in image[key]) for key in ("mean", "std"))
             return ImageSpec((height, width), mean, std, float(image["crop"]), image["interpolation"])  # type: ignore[arg-type]  # three values each, or preprocessing refuses them
         except (KeyError, TypeError, ValueError):
-            raise ArtifactError(f"{self.path / MANIFEST}: image preprocessing is incomplete; export the model again") from None
+            raise ArtifactError(
+                f"{self.path / MANIFEST}: image preprocessing is incomplete; export the model again"
+            ) from None
 
     def array(self, name: str) -> NDArray[np.float32]:
         """A float32 array of the artifact, e.g. `sample/input.npy`; nothing that a crafted file holds is executed."""
@@ -123,7 +125,9 @@ def staged(out: Path, name: str, *, force: bool) -> Iterator[Path]:
         stage.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the artifact gets what mkdir would give
         _swap(stage, final)
     except OSError as error:
-        raise OutputError(f"output directory {out}: {_reason(error)}; free space or choose another with --out") from None
+        raise OutputError(
+            f"output directory {out}: {_reason(error)}; free space or choose another with --out"
+        ) from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -182,7 +186,9 @@ def load_artifact(path: str | Path) -> Artifact:
     try:
         entries = [(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]]
         known = {name for name, _, _ in entries}
-        complete = manifest["model_file"] in known and all(isinstance(manifest[k], str) for k in ("model", "target", "precision"))
+        complete = manifest["model_file"] in known and all(
+            isinstance(manifest[k], str) for k in ("model", "target", "precision")
+        )
     except (KeyError, TypeError, ValueError):
         complete = False
     if not complete:
@@ -198,7 +204,9 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         what = "not a directory" if root.exists() else "no such directory"
         raise ArtifactError(f"artifact {root}: {what}; expected the directory that `edgevit export` wrote")
     if not place.is_file():
-        raise ArtifactError(f"artifact {root}: it has no {MANIFEST}; expected the directory that `edgevit export` wrote")
+        raise ArtifactError(
+            f"artifact {root}: it has no {MANIFEST}; expected the directory that `edgevit export` wrote"
+        )
     try:
         if place.stat().st_size > MAX_MANIFEST_BYTES:
             raise ArtifactError(f"{place}: larger than any manifest; export the model again")
@@ -226,7 +234,11 @@ def _check_file(root: Path, name: str, size: int, digest: str) -> None:
     except OSError as error:
         raise ArtifactError(f"{place}: {_reason(error)}") from None
     if actual != digest:
-        came = f"{found} bytes, expected {size}" if actual is None else f"sha256 {actual[:12]}..., expected {digest[:12]}..."
+        came = (
+            f"{found} bytes, expected {size}"
+            if actual is None
+            else f"sha256 {actual[:12]}..., expected {digest[:12]}..."
+        )
         raise ArtifactError(f"{place}: changed since it was exported ({came}); export the model again")
 
 
@@ -237,8 +249,6 @@ def sha256_of(path: Path) -> str:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
 
 
 def _umask() -> int:

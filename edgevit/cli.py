@@ -35,7 +35,9 @@ err = Console(stderr=True, highlight=False)
 PIPE_WIDTH = 200  # columns where no terminal limits them: tables are not cut off in a log
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
-Options = Annotated[list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="What the family takes beside.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="What the family takes beside.")
+]
 Size = Annotated[str | None, typer.Option("--image-size", metavar="HxW", help="Height x width in pixels.")]
 Weights = Annotated[Path | None, typer.Option(help="Official .pth, bare state_dict or .safetensors.")]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that `edgevit export` wrote.")]
@@ -97,7 +99,9 @@ def _emit(document: dict[str, Any] | list[Any], as_json: bool, show: Callable[[C
 def _progress() -> Iterator[Callable[[float, str], None]]:
     """A bar on a terminal, a plain line for each new step in a pipe."""
     if err.is_terminal:
-        with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err, transient=True) as bar:
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err, transient=True
+        ) as bar:
             task = bar.add_task("starting", total=1.0)
             yield lambda fraction, text: bar.update(task, completed=fraction, description=escape(text))
         return
@@ -114,7 +118,7 @@ def _progress() -> Iterator[Callable[[float, str], None]]:
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """"256x320" -> (256, 320).
+    """Read "256x320" as (256, 320).
 
     Raises:
         UsageError: anything else.
@@ -128,7 +132,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_batch(text: str) -> int | str:
-    """"4" -> 4, "dynamic" -> "dynamic".
+    """Read "4" as 4; "dynamic" stays.
 
     Raises:
         UsageError: anything else.
@@ -162,7 +166,7 @@ def list_command(
     from edgevit import api
 
     names = api.list_models(pattern, family)
-    _emit({"models": names}, as_json, lambda out: [out.print(name) for name in names])  # type: ignore[arg-type, return-value]  # for its effect
+    _emit({"models": names}, as_json, lambda out: out.print("\n".join(names)))
 
 
 @app.command(epilog="Example: edgevit info mobileformer_294m --image-size 256x320")
@@ -212,7 +216,9 @@ def export(
     to: Annotated[str, typer.Option("--to", metavar="TARGET", help="Target, e.g. onnx.")],
     precision: Annotated[str, typer.Option(help="fp32.")] = "fp32",
     weights: Weights = None,
-    num_classes: Annotated[int | None, typer.Option(help="Classes of the last layer; default: the checkpoint's.")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of the last layer; default: the checkpoint's.")
+    ] = None,
     image_size: Size = None,
     batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Pictures an inference takes.")] = "1",
     features_only: Annotated[bool, typer.Option(help="Export the backbone's maps instead of logits.")] = False,
@@ -285,8 +291,9 @@ def _show_weights(out: Console, weights: dict[str, Any]) -> None:
 
 def _parity_line(parity: dict[str, Any], against: str) -> str:
     top1 = "" if parity["top1_agreement"] is None else f", top-1 agreement {parity['top1_agreement']:.0%}"
+    verdict = "equal" if parity["passed"] else "NOT equal"
     return (
-        f"parity      {'equal' if parity['passed'] else 'NOT equal'} to the {against} on {parity['inputs']} picture(s): "
+        f"parity      {verdict} to the {against} on {parity['inputs']} picture(s): "
         f"max abs {parity['max_abs']:.1e} (limit {parity['max_abs_limit']:.0e}), cosine {parity['cosine']:.7f}{top1}"
     )
 
@@ -347,7 +354,13 @@ def bench(
         raise UsageError(f"--vs {vs!r}: expected naive")
     with _progress() as progress:
         document = api.benchmark(
-            items, threads=threads, duration_s=duration, loads=loads, vs="naive" if vs else None, seed=seed, progress=progress
+            items,
+            threads=threads,
+            duration_s=duration,
+            loads=loads,
+            vs="naive" if vs else None,
+            seed=seed,
+            progress=progress,
         )
 
     def show(out: Console) -> None:

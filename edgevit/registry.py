@@ -78,6 +78,20 @@ def runtime_class(name: str) -> type[Runtime]:
     return cast(type[Runtime], _load("runtime", name, RUNTIMES))
 
 
+def check_all() -> list[dict[str, Any]]:
+    """Whether each target and runtime can be imported here, and what is in the way."""
+    checks = []
+    for kind, rows in (("target", TARGETS), ("runtime", RUNTIMES)):
+        for name in rows:
+            try:
+                _load(kind, name, rows)
+                problem = None
+            except Exception as error:  # a broken package may raise anything on import
+                problem = (str(error).splitlines() or [repr(error)])[0]
+            checks.append({"kind": kind, "name": name, "ok": problem is None, "problem": problem})
+    return checks
+
+
 def _load(kind: str, name: str, rows: dict[str, Row]) -> Any:
     if name not in rows:
         raise UnknownNameError(kind, name, rows)
@@ -87,4 +101,6 @@ def _load(kind: str, name: str, rows: dict[str, Row]) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in row.packages:
             raise
-        raise MissingDependencyError(f"{kind} {name} needs {error.name}, which is not installed: {row.install}") from None
+        raise MissingDependencyError(
+            f"{kind} {name} needs {error.name}, which is not installed: {row.install}"
+        ) from None

@@ -7,9 +7,11 @@ slowly; other targets keep the standard form, which their compilers fuse.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir import passes
 from onnx_ir.passes import common
 from onnx_ir.tape import Tape
@@ -34,7 +36,11 @@ class GemmTranspose(passes.InPlacePass):
         modified = False
         for node in model.graph:
             source = node.inputs[0].producer() if node.op_type == "Gemm" and node.inputs[0] is not None else None
-            if source is not None and source.op_type == "Transpose" and len(source.attributes.get_ints("perm", [])) == 2:
+            if (
+                source is not None
+                and source.op_type == "Transpose"
+                and len(source.attributes.get_ints("perm", [])) == 2
+            ):
                 node.replace_input_with(0, source.inputs[0])
                 node.attributes["transA"] = ir.AttrInt64("transA", 1 - node.attributes.get_int("transA", 0))
                 modified = True
@@ -93,30 +99,42 @@ class PointwiseGemm(passes.InPlacePass):
 def _is_narrow_pointwise(node: ir.Node) -> bool:
     if node.op_type != "Conv" or node.attributes.get_int("group", 1) != 1:
         return False
-    x, w = node.inputs[0], node.inputs[1]
-    if x is None or w is None or x.shape is None or w.const_value is None:
+    x, *weights = node.inputs
+    if x is None or x.shape is None or any(value is None or value.const_value is None for value in weights):
         return False
-    batch, _, height, width = x.shape
-    c_out, c_in, *kernel = w.const_value.shape.numpy()
+    c_out, c_in, *kernel = _array(weights[0]).shape
     strides = list(node.attributes.get_ints("strides", [1, 1]))
-    if batch != 1 or kernel != [1, 1] or strides != [1, 1] or not isinstance(height, int) or not isinstance(width, int):
-        return False
-    return min(c_in, c_out) < BLOCK and height * width >= MANY_POSITIONS
+    height, width = _positions(x)
+    fits = x.shape[0] == 1 and kernel == [1, 1] and strides == [1, 1] and height * width >= MANY_POSITIONS
+    return fits and min(c_in, c_out) < BLOCK
 
 
 def _gemm_parts(node: ir.Node) -> Tape:
-    tape, name = Tape(), node.outputs[0].name
-    x, *weights = node.inputs
-    w = weights[0].const_value.numpy()[:, :, 0, 0]  # out in 1 1 -> out in
-    _, _, height, width = x.shape
-    flat = tape.op("Reshape", [x, _constant(tape, f"{name}_flat_shape", [w.shape[1], height * width])])
-    operands = [tape.initializer(ir.tensor(w, name=f"{name}_weight")), flat]
-    if len(weights) > 1 and weights[1] is not None:
-        column = weights[1].const_value.numpy()[:, None]  # out -> out 1, so that it spreads over the positions
-        operands.append(tape.initializer(ir.tensor(column, name=f"{name}_bias")))
-    product = tape.op("Gemm", operands)
-    tape.op("Reshape", [product, _constant(tape, f"{name}_shape", [1, w.shape[0], height, width])])
+    tape, name, x = Tape(), node.outputs[0].name, node.inputs[0]
+    height, width = _positions(x)
+    w, *bias = (_array(value) for value in node.inputs[1:])
+    matrix = w[:, :, 0, 0]  # out in 1 1 -> out in
+    flat = tape.op("Reshape", [x, _constant(tape, f"{name}_flat_shape", [matrix.shape[1], height * width])])
+    columns = [b[:, None] for b in bias]  # out -> out 1, so that it spreads over the positions
+    stored = [tape.initializer(ir.tensor(a, name=f"{name}_operand{i}")) for i, a in enumerate([matrix, *columns])]
+    product = tape.op("Gemm", [stored[0], flat, *stored[1:]])
+    tape.op("Reshape", [product, _constant(tape, f"{name}_shape", [1, matrix.shape[0], height, width])])
     return tape
+
+
+def _array(value: ir.Value | None) -> NDArray[Any]:
+    """A constant's values; the passes ask only where they have seen that it is one."""
+    if value is None or value.const_value is None:
+        raise ExportError("graph passes: a convolution's weights are not constants; please report the model")
+    return value.const_value.numpy()
+
+
+def _positions(value: ir.Value | None) -> tuple[int, int]:
+    """Height and width of a feature map, (0, 0) where they are not static."""
+    if value is None or value.shape is None or len(value.shape) != 4:
+        return 0, 0
+    height, width = value.shape[2], value.shape[3]
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else (0, 0)
 
 
 def _constant(tape: Tape, name: str, values: Sequence[int]) -> ir.Value:
@@ -126,6 +144,8 @@ def _constant(tape: Tape, name: str, values: Sequence[int]) -> ir.Value:
 def _replace(node: ir.Node, tape: Tape) -> None:
     """Put the recorded nodes where `node` stood; the last one takes over its output."""
     graph, last = node.graph, tape.nodes[-1].outputs[0]
+    if graph is None:
+        raise ExportError("graph passes: a node stands in no graph; please report the model")
     for value in tape.initializers:
         graph.register_initializer(value)
     ir.convenience.replace_nodes_and_values(graph, node, [node], list(tape.nodes), node.outputs, [last])
@@ -164,5 +184,7 @@ def run(model: ir.Model, sequence: Sequence[ir.passes.PassBase]) -> ir.Model:
         result: ir.Model = ir.passes.Sequential(*sequence)(model).model
     except ir.passes.PassError as error:
         cause = error.__cause__ or error
-        raise ExportError(f"graph passes: {type(cause).__name__}: {cause}; please report the model and its options") from error
+        raise ExportError(
+            f"graph passes: {type(cause).__name__}: {cause}; please report the model and its options"
+        ) from error
     return result

@@ -49,7 +49,14 @@ class OnnxExporter:
         graph = passes.run(graph, (*passes.CLEANUP, *passes.CPU_KERNELS, *passes.FINISH))
         save(graph, directory / MODEL_FILE)
         inputs, outputs = ([_signature(value) for value in side] for side in (graph.graph.inputs, graph.graph.outputs))
-        return Built(MODEL_FILE, MODEL_FILE, tuple(inputs), tuple(outputs), tuple(certificates), {"pointwise": pointwise, "why": why})
+        return Built(
+            MODEL_FILE,
+            MODEL_FILE,
+            tuple(inputs),
+            tuple(outputs),
+            tuple(certificates),
+            {"pointwise": pointwise, "why": why},
+        )
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
         """`torch.onnx.export(dynamo=True)` of the reference form, nothing else: what a user gets without edgevit."""
@@ -67,7 +74,8 @@ def choose_pointwise(model: str, wish: str) -> tuple[Literal["dense", "grouped"]
     if record is None:
         return "dense", "no grouped convolutions measured for this model"
     faster: Literal["dense", "grouped"] = "grouped" if record["ratio"] > 1 else "dense"
-    return faster, f"grouped over dense {record['ratio']:.2f}x [{record['low']:.2f}, {record['high']:.2f}], {record['date']}"
+    interval = f"[{record['low']:.2f}, {record['high']:.2f}]"
+    return faster, f"measured {record['date']}: grouped over dense {record['ratio']:.2f}x {interval}"
 
 
 def output_names(model: nn.Module, spec: ExportSpec) -> list[str]:
@@ -116,5 +124,9 @@ def _signature(value: ir.Value) -> TensorSpec:
 @contextlib.contextmanager
 def _silent_streams() -> Iterator[None]:
     """PyTorch's exporter prints progress; stdout belongs to the caller's JSON."""
-    with contextlib.redirect_stdout(io.StringIO()), open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        Path(os.devnull).open("w") as sink,
+        contextlib.redirect_stderr(sink),
+    ):
         yield

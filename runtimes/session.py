@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgevit.contracts import Arrays, Runtime
 from edgevit.errors import RuntimeFailure
-from edgevit.specs import TensorSpec
+from edgevit.specs import Batch, TensorSpec
 
 
 class Session:
@@ -54,6 +55,32 @@ class Session:
         for key, spec in wanted.items():
             _check(name, inputs[key], spec)
         return self.runtime.run(inputs)
+
+    def run_all(self, images: NDArray[np.float32], batch: Batch) -> dict[str, NDArray[Any]]:
+        """Outputs for pictures (n, 3, h, w) of any number.
+
+        A static batch is filled up at the end and the surplus dropped; a dynamic one runs as one picture and the rest,
+        so that two batch sizes are seen.
+        """
+        if batch == "dynamic":
+            chunks = [images[:1], images[1:]]
+        else:
+            chunks = [images[i : i + batch] for i in range(0, len(images), batch)]
+        parts = []
+        for chunk in (c for c in chunks if len(c)):
+            filled = chunk if batch == "dynamic" else np.resize(chunk, (batch, *chunk.shape[1:]))
+            parts.append({name: array[: len(chunk)] for name, array in self.run({"image": filled}).items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def require_precision(self, wanted: str, where: Path) -> None:
+        """Compare the precision that really runs with the one that was asked for.
+
+        Raises:
+            RuntimeFailure: they differ.
+        """
+        actual = self.runtime.effective_precision
+        if actual != wanted:
+            raise RuntimeFailure(f"{where}: runs in {actual}, expected {wanted}; its numbers would be another model's")
 
 
 def _check(runtime: str, array: NDArray[Any], spec: TensorSpec) -> None:

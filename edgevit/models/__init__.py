@@ -55,7 +55,7 @@ def create_model(
     Args:
         name: a registered model.
         weights: an official .pth, a bare state_dict or .safetensors; without it the official initialisation, seeded.
-        num_classes: outputs of the classifier; other than the checkpoint's, the last layer is new and a warning says so.
+        num_classes: outputs of the classifier; if not the checkpoint's, the last layer is new and a warning says so.
         features_only: return the maps of stride 4, 8, 16, 32 (and what else the family names) instead of logits.
         options: what the family takes beside, e.g. `spatial_dynamic_relu=True`.
 

@@ -87,9 +87,7 @@ def shuffle_or_identity(groups: int, *, active: bool = True) -> nn.Module:
     return ChannelShuffle(groups) if active and groups > 1 else nn.Identity()
 
 
-def conv_bn(
-    c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, *, shuffle: int = 1
-) -> nn.Sequential:
+def conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, *, shuffle: int = 1) -> nn.Sequential:
     """Convolution without bias, BatchNorm, and the shuffle that follows it where `shuffle` > 1."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), shuffle_or_identity(shuffle))
@@ -114,7 +112,7 @@ class DynamicReLU(nn.Module):
             theta = hard_sigmoid(self.hyper(z)).transpose(1, 2)  # n t 2e -> n 2e t
             share = scores.mean(1)  # n k t h' w' -> n t h' w'
             if share.shape[-2:] != x.shape[-2:]:
-                share = F.adaptive_avg_pool2d(share, x.shape[-2:])  # n t h' w' -> n t h w
+                share = F.adaptive_avg_pool2d(share, (x.shape[2], x.shape[3]))  # n t h' w' -> n t h w
             theta = (theta @ share.softmax(1).flatten(2)).unflatten(2, x.shape[-2:])  # n 2e t @ n t hw -> n 2e h w
         else:
             theta = hard_sigmoid(self.hyper(z[:, 0]))[:, :, None, None]  # n d -> n 2e 1 1
@@ -300,7 +298,8 @@ class MobileFormer(nn.Module):
         super().__init__()
         self.features_only = features_only
         self.tokens = nn.Embedding(config.tokens, config.width)
-        self.stem = nn.Sequential(*conv_bn(3, config.stem, 3, 2)[:2], nn.ReLU6())
+        conv, norm, _ = conv_bn(3, config.stem, 3, 2)
+        self.stem = nn.Sequential(conv, norm, nn.ReLU6())
         self.features = nn.ModuleList()
         channels, stride, self.strides = config.stem, 2, []
         for row in config.rows:
@@ -328,7 +327,7 @@ class MobileFormer(nn.Module):
 
 
 class Features(NamedTuple):
-    """What the backbone hands to a dense head: the last map of each stride (n, c, h/s, w/s) and the tokens (n, t, d)."""
+    """What a dense head gets: the last map (n, c, h/s, w/s) of each stride s, and the tokens (n, t, d)."""
 
     feature0: Tensor
     feature1: Tensor
@@ -353,26 +352,78 @@ def _init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+# fmt: off  # one row a stage of the table in the paper reads better than one tuple a line
 CONFIGS = {
-    "mobileformer_26m": MobileFormerConfig(8, 3, 128, 1024, groups=4, rows=_rows(
-        "D3,12,s2,0 S3,12,s1,3 D6,24,s2,4 S3,24,s1,3 D6,48,s2,4 S4,48,s1,4 S6,64,s1,4 D6,96,s2,4 S6,96,s1,4")),
-    "mobileformer_52m": MobileFormerConfig(8, 3, 128, 1024, rows=_rows(
-        "D3,12,s2,0 S3,12,s1,3 D6,24,s2,4 S3,24,s1,3 D6,48,s2,4 S4,48,s1,4 S6,64,s1,4 D6,96,s2,4 S6,96,s1,4")),
-    "mobileformer_96m": MobileFormerConfig(12, 4, 128, 1280, rows=_rows(
-        "D2,12,s1,0 D6,16,s2,4 D6,32,s2,4 S3,32,s1,3 D6,64,s2,4 S4,64,s1,4 S6,88,s1,4 D6,128,s2,4 S6,128,s1,4")),
-    "mobileformer_151m": MobileFormerConfig(12, 6, 192, 1280, rows=_rows(
-        "D2,12,s1,0 D6,16,s2,4 S3,16,s1,3 D6,32,s2,4 S3,32,s1,3 D6,64,s2,4 S4,64,s1,4 S6,88,s1,4 S6,88,s1,4"
-        " D6,128,s2,4 S6,128,s1,4 S6,128,s1,4")),
-    "mobileformer_214m": MobileFormerConfig(12, 6, 192, 1600, rows=_rows(
-        "D2,12,s1,0 D6,20,s2,4 S3,20,s1,4 D6,40,s2,4 S4,40,s1,4 D6,80,s2,4 S4,80,s1,4 S6,112,s1,4 S6,112,s1,4"
-        " D6,160,s2,4 S6,160,s1,4 S6,160,s1,4")),
-    "mobileformer_294m": MobileFormerConfig(16, 6, 192, 1920, rows=_rows(
-        "D2,16,s1,0 D6,24,s2,4 S4,24,s1,4 D6,48,s2,4 S4,48,s1,4 D6,96,s2,4 S4,96,s1,4 S6,128,s1,4 S6,128,s1,4"
-        " D6,192,s2,4 S6,192,s1,4 S6,192,s1,4")),
-    "mobileformer_508m": MobileFormerConfig(24, 6, 192, 1920, rows=_rows(
-        "D2,24,s1,0 D6,40,s2,4 S3,40,s1,3 D6,72,s2,4 S3,72,s1,3 D6,128,s2,4 S4,128,s1,4 S6,176,s1,4 S6,176,s1,4"
-        " D6,240,s2,4 S6,240,s1,4 S6,240,s1,4")),
+    "mobileformer_26m": MobileFormerConfig(
+        8,
+        3,
+        128,
+        1024,
+        groups=4,
+        rows=_rows(
+            "D3,12,s2,0 S3,12,s1,3 D6,24,s2,4 S3,24,s1,3 D6,48,s2,4 S4,48,s1,4 S6,64,s1,4 D6,96,s2,4 S6,96,s1,4"
+        ),
+    ),
+    "mobileformer_52m": MobileFormerConfig(
+        8,
+        3,
+        128,
+        1024,
+        rows=_rows(
+            "D3,12,s2,0 S3,12,s1,3 D6,24,s2,4 S3,24,s1,3 D6,48,s2,4 S4,48,s1,4 S6,64,s1,4 D6,96,s2,4 S6,96,s1,4"
+        ),
+    ),
+    "mobileformer_96m": MobileFormerConfig(
+        12,
+        4,
+        128,
+        1280,
+        rows=_rows(
+            "D2,12,s1,0 D6,16,s2,4 D6,32,s2,4 S3,32,s1,3 D6,64,s2,4 S4,64,s1,4 S6,88,s1,4 D6,128,s2,4 S6,128,s1,4"
+        ),
+    ),
+    "mobileformer_151m": MobileFormerConfig(
+        12,
+        6,
+        192,
+        1280,
+        rows=_rows(
+            "D2,12,s1,0 D6,16,s2,4 S3,16,s1,3 D6,32,s2,4 S3,32,s1,3 D6,64,s2,4 S4,64,s1,4 S6,88,s1,4 S6,88,s1,4"
+            " D6,128,s2,4 S6,128,s1,4 S6,128,s1,4"
+        ),
+    ),
+    "mobileformer_214m": MobileFormerConfig(
+        12,
+        6,
+        192,
+        1600,
+        rows=_rows(
+            "D2,12,s1,0 D6,20,s2,4 S3,20,s1,4 D6,40,s2,4 S4,40,s1,4 D6,80,s2,4 S4,80,s1,4 S6,112,s1,4 S6,112,s1,4"
+            " D6,160,s2,4 S6,160,s1,4 S6,160,s1,4"
+        ),
+    ),
+    "mobileformer_294m": MobileFormerConfig(
+        16,
+        6,
+        192,
+        1920,
+        rows=_rows(
+            "D2,16,s1,0 D6,24,s2,4 S4,24,s1,4 D6,48,s2,4 S4,48,s1,4 D6,96,s2,4 S4,96,s1,4 S6,128,s1,4 S6,128,s1,4"
+            " D6,192,s2,4 S6,192,s1,4 S6,192,s1,4"
+        ),
+    ),
+    "mobileformer_508m": MobileFormerConfig(
+        24,
+        6,
+        192,
+        1920,
+        rows=_rows(
+            "D2,24,s1,0 D6,40,s2,4 S3,40,s1,3 D6,72,s2,4 S3,72,s1,3 D6,128,s2,4 S4,128,s1,4 S6,176,s1,4 S6,176,s1,4"
+            " D6,240,s2,4 S6,240,s1,4 S6,240,s1,4"
+        ),
+    ),
 }
+# fmt: on
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ class ChannelFirstMobileToFormer(nn.Module):
         gate = bridge.alpha[0]
         if not isinstance(gate, nn.Linear):
             raise TypeError(f"expected the gate's Linear, got {type(gate).__name__}")
-        self.queries = stack(affine(bridge.q, bridge.scale), affine(gate, 1 / 3, 1.0))  # 2 hsig(y) = clip(y/3 + 1, 0, 2)
+        self.queries = stack(
+            affine(bridge.q, bridge.scale), affine(gate, 1 / 3, 1.0)
+        )  # 2 hsig(y) = clip(y/3 + 1, 0, 2)
         self.proj = make_linear(bridge.proj.weight, bridge.proj.bias)
         self.layer_norm = bridge.layer_norm
 
@@ -60,7 +62,9 @@ class ChannelFirstMobileToFormer(nn.Module):
         """x (n, c, h, w), z (n, t, d) -> tokens (n, t, d), scores (n, k, t, h, w)."""
         q, gate = split_heads(self.queries(z.flatten(0, 1)), z.shape[1], parts=2)
         out, scores = gather_from_map(map_heads(x), q, gate.clamp(0, 2))
-        return self.layer_norm(z + self.proj(out.reshape(-1, z.shape[1], x.shape[1]))), scores.unflatten(3, x.shape[-2:])
+        return self.layer_norm(z + self.proj(out.reshape(-1, z.shape[1], x.shape[1]))), scores.unflatten(
+            3, x.shape[-2:]
+        )
 
 
 class ChannelFirstFormerToMobile(nn.Module):

@@ -107,7 +107,7 @@ class _CountOperations(TorchDispatchMode):
     """Counts the tensor operations that compute or move data; views are free in every target."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

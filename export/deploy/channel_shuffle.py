@@ -58,7 +58,9 @@ def gather_shuffle(model: nn.Module, spec: DeploySpec) -> Changed:
     Given:  ChannelShuffle: reshape to (n, g, c/g, h, w), transpose, reshape back
     Result: ChannelGather: x[:, order]
     """
-    found = [(m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, ChannelShuffle)]
+    found = [
+        (m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, ChannelShuffle)
+    ]
     for parent, name in found:
         setattr(parent, name, ChannelGather(getattr(parent, name)))
     return model, len(found), ()

@@ -21,7 +21,12 @@ def clip_slopes(model: nn.Module, spec: DeploySpec) -> Changed:
     Given:  s = clip(y + 3, 0, 6) / 6; a1 = 2 (s1 - 0.5) + 1; a2 = 2 (s2 - 0.5)
     Result: a1 = clip(y1 / 3 + 1, 0, 2); a2 = clip(y2 / 3, -1, 1), with y / 3 and + 1 inside the Linear
     """
-    found = [(parent, name) for parent in model.modules() for name, m in parent.named_children() if isinstance(m, DynamicReLU)]
+    found = [
+        (parent, name)
+        for parent in model.modules()
+        for name, m in parent.named_children()
+        if isinstance(m, DynamicReLU)
+    ]
     for parent, name in found:
         setattr(parent, name, ClippedDynamicReLU(getattr(parent, name)))
     return model, len(found), ("static ranges: a1 in [0, 2], a2 in [-1, 1]",)

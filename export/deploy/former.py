@@ -19,7 +19,9 @@ def masked_former(model: nn.Module, spec: DeploySpec) -> Changed:
     Result: z_h = z * mask_h; sum over h of softmax(q z_h^T) z_h, the scale inside q's Linear; b moved into the norm
             before: z' = z + b leaves that norm, V reads z' with its bias corrected, LN(z' + W gelu(V z' + a'))
     """
-    found = [(parent, name) for parent in model.modules() for name, m in parent.named_children() if isinstance(m, Former)]
+    found = [
+        (parent, name) for parent in model.modules() for name, m in parent.named_children() if isinstance(m, Former)
+    ]
     for parent, name in found:
         setattr(parent, name, MaskedFormer(getattr(parent, name), spec))
     return model, len(found), ()

@@ -52,7 +52,7 @@ def branch_hidden(model: nn.Module, spec: DeploySpec) -> Changed:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Where a bottleneck stands: input height and width, stride of its first convolution, elements a branch may hold."""
+    """Where a bottleneck stands: input size, stride of its first convolution, elements that a branch may hold."""
 
     height: int
     width: int

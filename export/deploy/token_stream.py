@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,17 @@ from torch import Tensor, nn
 
 from edgevit.models.mobile_former import Classifier, Features, LiteBottleneck, MobileFormer
 
-from .bridges import ChannelFirstMobileToFormer, gather_from_map, map_heads, scatter_to_map, split_heads
+from .bridges import (
+    ChannelFirstFormerToMobile,
+    ChannelFirstMobileToFormer,
+    gather_from_map,
+    map_heads,
+    scatter_to_map,
+    split_heads,
+)
 from .certificate import Changed, DeploySpec
 from .dynamic_relu import ClippedDynamicReLU, clip, token_share
-from .former import shifted_norm
+from .former import MaskedFormer, shifted_norm
 from .hidden_branches import BranchedBlock
 from .linear import ResidualLinear, make_linear, stack, unshift
 
@@ -48,9 +56,9 @@ class TokenStream(nn.Module):
         blocks = [block for block in model.features if isinstance(block, BranchedBlock)]
         self.lite = nn.ModuleList(lite)
         self.strides = model.strides
-        bridges = [block.local_global for block in blocks]
+        bridges = [cast(ChannelFirstMobileToFormer, block.local_global) for block in blocks]
         if not model.features_only:
-            bridges.append(model.local_global)
+            bridges.append(cast(ChannelFirstMobileToFormer, model.local_global))
             self.head = Head(model.classifier)
         nexts = [*bridges[1:], None][: len(blocks)]
         self.blocks = nn.ModuleList(StreamBlock(b, n, spec) for b, n in zip(blocks, nexts, strict=True))
@@ -97,13 +105,14 @@ class StreamBlock(nn.Module):
     def __init__(self, block: BranchedBlock, following: ChannelFirstMobileToFormer | None, spec: DeploySpec) -> None:
         super().__init__()
         self.block = block
-        self.former = block.global_block
+        self.former = cast(MaskedFormer, block.global_block)
         self.one_picture = spec.batch == 1
         self.parts = 2 if following is None else 4
-        projections = [block.global_local.keys_values] + ([] if following is None else [following.queries])
+        bridge = cast(ChannelFirstFormerToMobile, block.global_local)
+        projections = [bridge.keys_values] + ([] if following is None else [following.queries])
         hypers = [block.hyper1, block.hyper2]
         self.spatial = block.hyper1.spatial
-        projection, hidden = stack(*projections), stack(*(h.hidden for h in hypers))
+        projection, hidden = stack(*projections), stack(*(hyper.hidden for hyper in hypers))
         if following is not None:
             shift = following.proj.bias.detach()
             self.former.ffn_norm = shifted_norm(self.former.ffn_norm, shift)

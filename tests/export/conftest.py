@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from edgevit.models.mobile_former import CONFIGS, MobileFormer, MobileFormerConf
 from edgevit.specs import Certificate
 
 EXACT = 1e-9  # of float64 rewrites, which land near 1e-15: the design's limit, MAX_REL of the certificates
-SIZES = ((32, 32), (64, 96))  # the smallest legal map (1x1 at stride 32), and one that is not square
+SHAPES = ((1, 64, 96), (3, 32, 32), ("dynamic", 64, 96))  # batch, height, width: 32x32 is 1x1 at stride 32
 CLASSES = 10
 
 
@@ -67,8 +67,9 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
         elif "tokens.weight" in name:
             tensor.copy_(noise)
         elif tensor.dim() >= 2:
-            steers = "hyper.2" in name or "alpha.0" in name  # their outputs are clipped at -3 and 3: reach both ends
-            tensor.copy_((4.0 if steers else 1.2) * noise / tensor[0].numel() ** 0.5)
+            steers = "hyper.2" in name or "alpha.0" in name  # clipped at -3 and 3: reach both ends
+            gain = 5.0 if steers else 0.8 if tensor.dim() == 4 else 0.6  # no map grows, no attention is one-hot
+            tensor.copy_(gain * noise / tensor[0].numel() ** 0.5)
         else:
             tensor.copy_((1.0 if name.endswith("weight") else 0.0) + 0.3 * noise)
     return module
@@ -207,17 +208,7 @@ def tiny(request: pytest.FixtureRequest) -> MobileFormer:
     return build(request.param)
 
 
-@pytest.fixture(params=SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def size(request: pytest.FixtureRequest) -> tuple[int, int]:
-    """(height, width)."""
-    chosen: tuple[int, int] = request.param
-    return chosen
-
-
-Batches = Callable[[DeploySpec], tuple[int, ...]]
-
-
-@pytest.fixture(params=[1, 3, "dynamic"], ids=lambda batch: f"batch_{batch}")
-def batch(request: pytest.FixtureRequest) -> Any:
-    """What a spec's batch may be; "dynamic" is run at 1, 2 and 5 pictures."""
-    return request.param
+@pytest.fixture(params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def spec(request: pytest.FixtureRequest) -> DeploySpec:
+    """Input shapes; a "dynamic" batch is run at 1, 2 and 5 pictures."""
+    return DeploySpec(*request.param)
