@@ -130,7 +130,9 @@ class StreamBlock(nn.Module):
         x = self.block.mobile(x, *self.block.slopes(theta))
         heads = scatter_to_map(map_heads(x), parts[0], parts[1])
         x = heads.reshape(-1, *x.shape[1:])
-        q, gate = (parts[2], parts[3].clamp(0, 2)) if self.parts == 4 else (parts[0], parts[1])
+        if self.parts == 2:  # the last block of a backbone: nothing lies ahead, and nobody reads what stands in
+            return z, x, heads, parts[0], parts[1]
+        q, gate = parts[2], parts[3].clamp(0, 2)
         return z, x, heads, q, gate
 
     def theta(self, x: Tensor, z: Tensor, scores: Tensor) -> Tensor:
