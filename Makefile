@@ -10,10 +10,10 @@ PHOTOGRAPH := edgevit/photos/astronaut.jpg
 MODELS := $(addprefix mobileformer_,26m 52m 96m 151m 214m 294m 508m)
 DURATION := 20
 
-.PHONY: help test lint demo bench-naive constraints clean distclean
+.PHONY: help test lint demo bench-naive bench-pointwise constraints clean distclean
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
 
 test: lint ## set up, then ruff, mypy and every test
 	$(RUN) pytest
@@ -30,6 +30,12 @@ demo: $(READY) ## set up, then export a network, verify it, classify a photograp
 
 bench-naive: $(READY) ## race each deploy form against the plain export of the same network
 	$(VENV)/bin/edgevit bench $(MODELS) --vs naive --threads 1 --duration $(DURATION)
+
+bench-pointwise: $(READY) ## race the grouped against the dense form of 26M: what export/measurements.json records
+	$(VENV)/bin/edgevit export mobileformer_26m --to onnx --pointwise dense --out dist/dense --force
+	$(VENV)/bin/edgevit export mobileformer_26m --to onnx --pointwise grouped --out dist/grouped --force
+	$(VENV)/bin/edgevit bench dist/dense/mobileformer_26m-onnx-fp32 dist/grouped/mobileformer_26m-onnx-fp32 \
+		--threads 1 --duration $(DURATION)
 
 # torch keeps its pin, which is raised by hand; what only a CUDA build of it needs is not listed.
 constraints: ## write constraints.txt anew: the newest versions that pyproject.toml allows

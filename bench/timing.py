@@ -20,7 +20,15 @@ from edgevit.specs import BenchReport, LatencyResult
 
 from . import cautions
 from .machine import CpuLoad, cpu_load
-from .stats import MIN_ROUNDS, compare, latency_percentiles, median, needed_samples
+from .stats import (
+    MIN_ROUNDS,
+    compare,
+    describe_comparison,
+    format_percentile,
+    latency_percentiles,
+    median,
+    needed_samples,
+)
 
 ROUNDS = 50  # a round is a fiftieth of the race (0.1 s per contestant of 5 s): short against drift, long to switching
 MIN_TURN = 3  # samples: the fewest whose median survives one interrupted run
@@ -277,15 +285,21 @@ def document(
     reports: Sequence[BenchReport], settings: BenchSettings, threads: int | None, loads: int, machine: dict[str, Any]
 ) -> dict[str, Any]:
     """Races as one JSON document; `comparison` is the first of `comparisons`, or None where nothing raced."""
-    comparisons = [asdict(comparison) for report in reports for comparison in report.comparisons]
+    comparisons = [{**asdict(c), "verdict": describe_comparison(c)} for report in reports for c in report.comparisons]
     return {
-        "results": [asdict(result) for report in reports for result in report.results],
+        "results": [_result_record(result) for report in reports for result in report.results],
         "comparison": comparisons[0] if comparisons else None,
         "comparisons": comparisons,
         "warnings": list(dict.fromkeys(warning for report in reports for warning in report.warnings)),
         "settings": {**asdict(settings), "threads": threads, "loads": loads},
         "machine": machine,
     }
+
+
+def _result_record(result: LatencyResult) -> dict[str, Any]:
+    """The result with its percentiles as they are printed beside the raw ones."""
+    shown = {q: format_percentile(value, float(q.removeprefix("p"))) for q, value in result.latency_ms.items()}
+    return {**asdict(result), "latency_text": shown}
 
 
 def part_of(progress: Progress, index: int, count: int) -> Progress:

@@ -17,15 +17,12 @@ from edgevit import __version__, inputs, registry
 from edgevit.artifact import Artifact, artifact_name, describe_export, load_artifact, staged, write_manifest
 from edgevit.contracts import Built
 from edgevit.errors import ParityError, UnknownNameError, UsageError
+from edgevit.predictions import top_classes
 from edgevit.runtimes import Session
 from edgevit.specs import Batch, BenchReport, ExportSpec, ModelCard, Parity, check_batch, check_image_size
 
 Progress = Callable[[float, str], None]  # share done, what is being done
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "pillow")
-
-
-def _silent(fraction: float, text: str) -> None:
-    """Progress that nobody watches."""
 
 
 def list_models(pattern: str = "*", family: str | None = None) -> list[str]:
@@ -92,7 +89,7 @@ def export_model(
     force: bool = False,
     seed: int = 0,
     command: str | None = None,
-    progress: Progress = _silent,
+    progress: Progress = lambda fraction, text: None,
 ) -> Artifact:
     """Export a model and prove it equal to the reference on real pictures.
 
@@ -106,36 +103,41 @@ def export_model(
         UsageError, UnknownNameError: the request. CheckpointError: the weights. OutputError: the place.
         ExportError: a step failed. ParityError: the result is not equal to the reference; nothing is left behind.
     """
-    from edgevit.models import load_model, model_card
-
-    card = model_card(model)
-    exporter = registry.exporter(target)
-    if precision not in exporter.precisions:
-        raise UnknownNameError(f"precision for {target}", precision, exporter.precisions)
-    size = check_image_size(image_size or card.image.size, card.size_multiple)
     spec = ExportSpec(
         model=model,
         target=target,
         precision=precision,
         weights=None if weights is None else str(weights),
         num_classes=num_classes,
-        image_size=size,
+        image_size=image_size,
         batch=check_batch(batch),
         features_only=features_only,
         options=tuple(sorted((options or {}).items())),
         pointwise=pointwise,
         seed=seed,
     )
-    name = artifact_name(model, target, precision, size, card.image.size)
-    with staged(Path(out), name, force=force) as stage:
+    return _export(spec, Path(out), force, command, progress)
+
+
+def _export(spec: ExportSpec, out: Path, force: bool, command: str | None, progress: Progress) -> Artifact:
+    from edgevit.models import load_model, model_card
+
+    card = model_card(spec.model)
+    exporter = registry.exporter(spec.target)
+    if spec.precision not in exporter.precisions:
+        raise UnknownNameError(f"precision for {spec.target}", spec.precision, exporter.precisions)
+    size = check_image_size(spec.image_size or card.image.size, card.size_multiple)
+    spec = dataclasses.replace(spec, image_size=size)
+    name = artifact_name(spec.model, spec.target, spec.precision, size, card.image.size)
+    with staged(out, name, force=force) as stage:
         progress(0.0, "loading weights")
         loaded = load_model(
-            model,
-            weights,
-            num_classes,
-            features_only=features_only,
+            spec.model,
+            spec.weights,
+            spec.num_classes,
+            features_only=spec.features_only,
             options=dict(spec.options),
-            seed=seed,
+            seed=spec.seed,
             randomize=True,
         )
         progress(0.1, "exporting")
@@ -146,7 +148,7 @@ def export_model(
         record |= {"weights": dict(loaded.weights), "notes": list(loaded.notes), "command": command}
         write_manifest(stage, record | {"complexity": _complexity(stage, built), "tools": _tools()})
         progress(1.0, "done")
-    return load_artifact(Path(out) / name)
+    return load_artifact(out / name)
 
 
 def _tools() -> dict[str, str]:
@@ -278,23 +280,14 @@ def predict(
         outputs = session.run_all(batch, manifest["batch"])
     if "logits" not in outputs:
         raise UsageError(f"{path}: has no logits (outputs {', '.join(outputs)}); run needs a classifier")
-    logits = outputs["logits"].astype(np.float64)
+    logits = outputs["logits"]
     names = None if labels is None else inputs.read_labels(Path(labels), logits.shape[1])
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    shares /= shares.sum(1, keepdims=True)
-    order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
     return {
         "artifact": str(path),
         "random_weights": manifest["weights"]["source"] == "random",
         "predictions": [
-            {
-                "image": str(image),
-                "top": [
-                    {"class": int(c), "label": str(c) if names is None else names[c], "probability": float(row[c])}
-                    for c in classes
-                ],
-            }
-            for image, classes, row in zip(images, order, shares, strict=True)
+            {"image": str(image), "top": top_classes(row, names, top)}
+            for image, row in zip(images, logits, strict=True)
         ],
     }
 
@@ -307,7 +300,7 @@ def benchmark(
     loads: int = 3,
     vs: Literal["naive"] | None = None,
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = lambda fraction, text: None,
 ) -> dict[str, Any]:
     """Time artifacts, or models exported for the occasion, in interleaved rounds.
 

@@ -252,34 +252,25 @@ def export(
             command=shlex.join(["edgevit", *sys.argv[1:]]),
             progress=progress,
         )
-    manifest = artifact.manifest
-    document = {
-        "artifact": str(artifact.path),
-        "parity": manifest["parity"],
-        "certificates": manifest["certificates"],
-        "files": manifest["files"],
-        "weights": manifest["weights"],
-        "notes": manifest["notes"],
-        "complexity": manifest["complexity"],
-        "choices": manifest["choices"],
-    }
+    kept = ("parity", "certificates", "files", "weights", "notes", "complexity", "choices")
+    document = {"artifact": str(artifact.path)} | {key: artifact.manifest[key] for key in kept}
+    _emit(document, as_json, lambda console: _show_export(console, document))
 
-    def show(out: Console) -> None:
-        out.print(escape(str(artifact.path)))
-        for certificate in manifest["certificates"]:
-            out.print(
-                f"rewrite     {certificate['rewrite']}: {certificate['places']} places, operations "
-                f"{certificate['operations_before']} -> {certificate['operations_after']}, "
-                f"difference {certificate['max_rel']:.0e} (float64)"
-            )
-        if complexity := manifest["complexity"]:
-            out.print(f"deployed    {complexity['parameters']:,} parameters, {complexity['macs'] / 1e6:,.2f} M MACs")
-        _show_weights(out, manifest["weights"])
-        for note in manifest["notes"]:
-            out.print(escape(f"note        {note}"))
-        out.print(_parity_line(manifest["parity"], "reference"))
 
-    _emit(document, as_json, show)
+def _show_export(out: Console, document: dict[str, Any]) -> None:
+    out.print(escape(document["artifact"]))
+    for certificate in document["certificates"]:
+        out.print(
+            f"rewrite     {certificate['rewrite']}: {certificate['places']} places, operations "
+            f"{certificate['operations_before']} -> {certificate['operations_after']}, "
+            f"difference {certificate['max_rel']:.0e} (float64)"
+        )
+    if complexity := document["complexity"]:
+        out.print(f"deployed    {complexity['parameters']:,} parameters, {complexity['macs'] / 1e6:,.2f} M MACs")
+    _show_weights(out, document["weights"])
+    for note in document["notes"]:
+        out.print(escape(f"note        {note}"))
+    out.print(_parity_line(document["parity"], "reference"))
 
 
 def _show_weights(out: Console, weights: dict[str, Any]) -> None:
@@ -347,8 +338,6 @@ def bench(
 ) -> None:
     """Time artifacts in interleaved rounds; ratios with intervals."""
     from edgevit import api
-    from edgevit.bench import stats
-    from edgevit.specs import Comparison
 
     if vs not in (None, "naive"):
         raise UsageError(f"--vs {vs!r}: expected naive")
@@ -368,12 +357,12 @@ def bench(
         for column in ("name", "precision", "p50 ms", "p90 ms", "p99 ms", "runs"):
             table.add_column(column, justify="left" if column in ("name", "precision") else "right", no_wrap=True)
         for result in document["results"]:
-            cells = [stats.format_percentile(result["latency_ms"][f"p{q}"], q) for q in (50, 90, 99)]
+            cells = [result["latency_text"][q] for q in ("p50", "p90", "p99")]
             table.add_row(escape(result["name"]), result["effective_precision"], *cells, str(len(result["samples_ms"])))
         out.print(table)
         for comparison in document["comparisons"]:
-            verdict = stats.describe_comparison(Comparison(**comparison))
-            out.print(escape(f"{comparison['candidate']} against {comparison['baseline']}: {verdict}"))
+            names = f"{comparison['candidate']} against {comparison['baseline']}"
+            out.print(escape(f"{names}: {comparison['verdict']}"))
         for warning in document["warnings"]:
             err.print(escape(f"warning: {warning}"), soft_wrap=True)
 

@@ -15,11 +15,7 @@ from edgevit.specs import Batch, TensorSpec
 
 
 class Session:
-    """A loaded runtime as a context manager.
-
-    >>> with Session(OrtRuntime(path)) as session:  # doctest: +SKIP  # needs a model file
-    ...     logits = session.run({"image": image})["logits"]
-    """
+    """A loaded runtime as a context manager: `with Session(OrtRuntime(path)) as session: session.run(...)`."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime

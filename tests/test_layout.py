@@ -122,7 +122,8 @@ def length_problems(root: Path) -> list[str]:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
                 lines = node.end_lineno - node.lineno + 1
                 if lines > FUNCTION_LINES:
-                    problems.append(f"{file.as_posix()}:{node.lineno}: {node.name} has {lines} lines, at most {FUNCTION_LINES}")
+                    where = f"{file.as_posix()}:{node.lineno}: {node.name}"
+                    problems.append(f"{where} has {lines} lines, at most {FUNCTION_LINES}")
     return problems
 
 

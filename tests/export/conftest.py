@@ -24,7 +24,7 @@ from edgevit.models.mobile_former import CONFIGS, MobileFormer, MobileFormerConf
 from edgevit.specs import Certificate
 
 EXACT = 1e-9  # of float64 rewrites, which land near 1e-15: the design's limit, MAX_REL of the certificates
-SHAPES = ((1, 64, 96), (3, 32, 32), ("dynamic", 64, 96))  # batch, height, width: 32x32 is 1x1 at stride 32
+SHAPES = ((1, 64, 96), (3, 32, 32), ("dynamic", 32, 64))  # batch, height, width: 32x32 is 1x1 at stride 32
 CLASSES = 10
 
 
@@ -32,13 +32,25 @@ def rows(*values: tuple[Any, int, int, int, int]) -> tuple[Row, ...]:
     return tuple(Row(*value) for value in values)
 
 
-# Every kind of block: lite with stride and with residual, pointwise first with and without residual, a hidden width that
-# is and is not a multiple of 16, depthwise multipliers 1 to 4, even and odd.
+# Every kind of block: lite with stride or residual, pointwise first with and without residual, hidden widths that are
+# and are not multiples of 16, depthwise multipliers 1 to 4. Columns: kind, e1, channels, stride, e2.
 STRIDED = rows(
-    ("D", 3, 12, 2, 0), ("S", 3, 12, 1, 3), ("D", 4, 16, 2, 2), ("S", 2, 24, 1, 1), ("D", 2, 24, 2, 3),
-    ("S", 2, 24, 1, 1), ("D", 3, 32, 2, 2),
-)  # fmt: skip
-RESIDUAL = rows(("D", 2, 8, 1, 0), ("D", 3, 12, 2, 4), ("D", 1, 16, 2, 2), ("S", 3, 16, 1, 1), ("D", 2, 16, 2, 1), ("D", 2, 32, 2, 2))
+    ("D", 3, 12, 2, 0),
+    ("S", 3, 12, 1, 3),
+    ("D", 4, 16, 2, 2),
+    ("S", 2, 24, 1, 1),
+    ("D", 2, 24, 2, 3),
+    ("S", 2, 24, 1, 1),
+    ("D", 3, 32, 2, 2),
+)
+RESIDUAL = rows(
+    ("D", 2, 8, 1, 0),
+    ("D", 3, 12, 2, 4),
+    ("D", 1, 16, 2, 2),
+    ("S", 3, 16, 1, 1),
+    ("D", 2, 16, 2, 1),
+    ("D", 2, 32, 2, 2),
+)
 TINY = {
     "plain": (MobileFormerConfig(8, 3, 32, 24, STRIDED), {}),
     "residual": (MobileFormerConfig(8, 5, 48, 24, RESIDUAL), {}),
@@ -78,7 +90,7 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
 def build(name: str, seed: int = 0, **options: Any) -> MobileFormer:
     """A network of `TINY`, or of the published table, with random weights in float64."""
     config, fixed = TINY[name] if name in TINY else (CONFIGS[name], {})
-    model = MobileFormer(config, num_classes=CLASSES, **{**fixed, **options})
+    model = MobileFormer(config, **{"num_classes": CLASSES, **fixed, **options})
     randomized(model, seed)
     return model
 
@@ -192,8 +204,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # two threads on a busy machine turn float64 depthwise convolutions from ms into minutes
 
 
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    """For whole files: `pytestmark = pytest.mark.usefixtures("no_grad")`."""
     with torch.no_grad():
         yield
 
@@ -203,13 +216,27 @@ def shop() -> Workshop:
     return Workshop()
 
 
-@pytest.fixture(params=TINY)
-def tiny(request: pytest.FixtureRequest) -> MobileFormer:
-    """Each small network in turn."""
-    return build(request.param)
+CASES = [(name, shape) for name in TINY for shape in SHAPES if shape[0] != 3 or name in ("plain", "spatial_features")]
 
 
-@pytest.fixture(params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def shape_id(shape: Any) -> str:
+    return "x".join(map(str, shape))
+
+
+@pytest.fixture(params=SHAPES, ids=shape_id)
 def spec(request: pytest.FixtureRequest) -> DeploySpec:
     """Input shapes; a "dynamic" batch is run at 1, 2 and 5 pictures."""
     return DeploySpec(*request.param)
+
+
+@pytest.fixture(params=TINY)
+def small(request: pytest.FixtureRequest) -> MobileFormer:
+    """Each small network."""
+    return build(request.param)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{shape_id(case[1])}")
+def case(request: pytest.FixtureRequest) -> tuple[MobileFormer, DeploySpec]:
+    """Each small network, at one picture and at any number, some at a fixed batch and the smallest size too."""
+    name, shape = request.param
+    return build(name), DeploySpec(*shape)

@@ -12,6 +12,8 @@ from edgevit.export.deploy.batchnorm import fold_batchnorm
 from edgevit.export.deploy.certificate import certify
 from edgevit.models.mobile_former import CONFIGS, MobileFormer
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 SPEC = DeploySpec(1, 32, 32)
 
 
@@ -19,13 +21,14 @@ def norms(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
 
 
-def test_network(shop: Any, tiny: MobileFormer, spec: DeploySpec) -> None:
-    after, certificate = shop.certified(fold_batchnorm, tiny, spec)
+def test_network(shop: Any, case: tuple[MobileFormer, DeploySpec]) -> None:
+    model, spec = case
+    after, certificate = shop.certified(fold_batchnorm, model, spec)
     assert norms(after) == []
-    assert certificate.places == len(norms(tiny))
+    assert certificate.places == len(norms(model))
     assert certificate.operations_after < certificate.operations_before
     # Weight, bias, mean and variance of a channel go; a convolution gains a bias, a Linear has one already.
-    gone = sum((3 if isinstance(m, nn.BatchNorm2d) else 4) * m.num_features for m in norms(tiny))
+    gone = sum((3 if isinstance(m, nn.BatchNorm2d) else 4) * m.num_features for m in norms(model))
     assert certificate.parameters_before - certificate.parameters_after == gone
 
 
@@ -102,6 +105,6 @@ def test_nothing_to_fold_is_no_certificate() -> None:
     assert after is model
 
 
-def test_folded_layers_do_not_train(shop: Any, tiny: MobileFormer) -> None:
-    after, _, _ = fold_batchnorm(tiny, SPEC)
+def test_folded_layers_do_not_train(shop: Any) -> None:
+    after, _, _ = fold_batchnorm(shop.build("plain"), SPEC)
     assert not any(p.requires_grad for p in after.parameters())

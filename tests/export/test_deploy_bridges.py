@@ -18,10 +18,18 @@ from edgevit.export.deploy.bridges import (
 )
 from edgevit.models.mobile_former import BRIDGE_HEADS, CONFIGS, FormerToMobile, MobileFormer, MobileToFormer
 
-# batch, channels, token width, tokens, map; no map has as many elements as anything on the token side
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+# batch, channels, token width, tokens, map
 shapes = pytest.mark.parametrize(
     ("n", "c", "d", "t", "size"),
-    [(1, 2, 8, 1, (1, 1)), (1, 16, 32, 3, (7, 5)), (2, 12, 16, 6, (4, 6)), (5, 24, 48, 4, (3, 11)), (3, 96, 128, 3, (2, 2))],
+    [
+        (1, 2, 8, 1, (1, 1)),
+        (1, 16, 32, 3, (7, 5)),
+        (2, 12, 16, 6, (4, 6)),
+        (5, 24, 48, 4, (3, 11)),
+        (3, 96, 128, 3, (2, 2)),
+    ],
 )
 MOVES = ("clone", "copy_", "_to_copy", "contiguous")  # what a transposed operand costs once it must lie in memory
 
@@ -98,9 +106,10 @@ def test_split_heads(shop: Any, parts: int, n: int, t: int) -> None:
         assert torch.equal(piece, expected[:, :, p].permute(0, 2, 3, 1))
 
 
-def test_network(shop: Any, tiny: MobileFormer, spec: DeploySpec) -> None:
-    after, certificate = shop.certified(channel_first_bridges, tiny, spec)
-    before, now = shop.kinds(tiny), shop.kinds(after)
+def test_network(shop: Any, case: tuple[MobileFormer, DeploySpec]) -> None:
+    model, spec = case
+    after, certificate = shop.certified(channel_first_bridges, model, spec)
+    before, now = shop.kinds(model), shop.kinds(after)
     assert certificate.places == before["MobileToFormer"] + before["FormerToMobile"]
     assert (now["MobileToFormer"], now["FormerToMobile"]) == (0, 0)
     assert before["Linear"] - now["Linear"] == certificate.places  # each bridge has one Linear less
@@ -111,8 +120,7 @@ def test_network(shop: Any, tiny: MobileFormer, spec: DeploySpec) -> None:
 @pytest.mark.parametrize("features_only", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_bridge_of_every_model(name: str, features_only: bool) -> None:
-    with torch.device("meta"):
-        model = MobileFormer(CONFIGS[name], features_only=features_only)
+    model = MobileFormer(CONFIGS[name], features_only=features_only)
     token_blocks = sum(row.e2 > 0 for row in CONFIGS[name].rows)
     after, places, _ = channel_first_bridges(model, DeploySpec(1, 32, 32))
     assert places == 2 * token_blocks + (not features_only)

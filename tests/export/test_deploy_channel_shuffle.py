@@ -1,4 +1,4 @@
-"""densify_pointwise and gather_shuffle: no ChannelShuffle is left; dense has no grouped pointwise convolution either."""
+"""densify_pointwise and gather_shuffle: no ChannelShuffle is left; dense leaves no grouped pointwise either."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from edgevit.models.mobile_former import (
     MobileFormerConfig,
     Row,
 )
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 LITE = Row("D", 3, 12, 2, 0)
 KINDS = {  # which blocks stand behind the stem; a lite row first, as in every variant
@@ -94,14 +96,14 @@ def test_grouped_asked_for_is_left(shop: Any, name: str) -> None:
     assert after is folded
 
 
-@pytest.mark.parametrize("rewrite", [densify_pointwise, gather_shuffle])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in GROUPED_MODELS])
-def test_no_shuffle_no_place(rewrite: Any, name: str) -> None:
+def test_no_shuffle_no_place(name: str) -> None:
     model = MobileFormer(CONFIGS[name])
     expected = str(model)
-    after, places, _ = rewrite(model, DeploySpec(1, 32, 32))
-    assert places == 0
-    assert str(after) == expected
+    for rewrite in (densify_pointwise, gather_shuffle):
+        after, places, _ = rewrite(model, DeploySpec(1, 32, 32))
+        assert places == 0
+        assert str(after) == expected
 
 
 def test_dense_needs_folded_norms(shop: Any) -> None:

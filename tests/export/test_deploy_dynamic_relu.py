@@ -12,6 +12,8 @@ from edgevit.export.deploy import DeploySpec
 from edgevit.export.deploy.dynamic_relu import HIGH, LOW, ClippedDynamicReLU, clip_slopes, token_share
 from edgevit.models.mobile_former import CONFIGS, DynamicReLU, MobileFormer
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 both = pytest.mark.parametrize("spatial", [False, True], ids=["shared", "spatial"])
 # batch, channels, tokens, token width, map, how much larger the map is that the scores belong to
 blocks = pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_slopes_keep_their_ranges(
 
 @both
 def test_both_ends_and_the_middle_are_compared(shop: Any, spatial: bool) -> None:
-    relu, clipped = build(shop, 200, 32, spatial)
+    _, clipped = build(shop, 200, 32, spatial)
     a1, a2 = clipped.clipped(shop.normal(4, 32)).split(200, dim=1)
     for slopes, low, high in ((a1, LOW[0], HIGH[0]), (a2, LOW[1], HIGH[1])):
         assert (slopes == low).any() and (slopes == high).any() and ((slopes > low) & (slopes < high)).any()
@@ -80,9 +82,10 @@ def test_token_share_is_the_references_pool(shop: Any, size: tuple[int, int]) ->
     torch.testing.assert_close(share.sum(1), torch.ones_like(share[:, 0]))
 
 
-def test_network(shop: Any, tiny: MobileFormer, spec: DeploySpec) -> None:
-    after, certificate = shop.certified(clip_slopes, tiny, spec)
-    before = shop.kinds(tiny)["DynamicReLU"]
+def test_network(shop: Any, case: tuple[MobileFormer, DeploySpec]) -> None:
+    model, spec = case
+    after, certificate = shop.certified(clip_slopes, model, spec)
+    before = shop.kinds(model)["DynamicReLU"]
     assert certificate.places == before > 0
     assert (shop.kinds(after)["DynamicReLU"], shop.kinds(after)["ClippedDynamicReLU"]) == (0, before)
     assert certificate.operations_after < certificate.operations_before
@@ -92,8 +95,7 @@ def test_network(shop: Any, tiny: MobileFormer, spec: DeploySpec) -> None:
 @both
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_slope_of_every_model(name: str, spatial: bool) -> None:
-    with torch.device("meta"):
-        model = MobileFormer(CONFIGS[name], spatial_dynamic_relu=spatial)
+    model = MobileFormer(CONFIGS[name], spatial_dynamic_relu=spatial)
     token_blocks = sum(row.e2 > 0 for row in CONFIGS[name].rows)
     after, places, _ = clip_slopes(model, DeploySpec(1, 32, 32))
     assert places == 2 * token_blocks

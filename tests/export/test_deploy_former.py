@@ -12,6 +12,8 @@ from edgevit.export.deploy.former import MaskedFormer, masked_former, shifted_no
 from edgevit.export.deploy.linear import ResidualLinear
 from edgevit.models.mobile_former import CONFIGS, FORMER_HEADS, Former, MobileFormer
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 shapes = pytest.mark.parametrize(("t", "d"), [(1, 4), (3, 32), (6, 48), (4, 128), (11, 16)])
 
 
@@ -77,17 +79,19 @@ def test_residual_linear(shop: Any) -> None:
     assert shop.difference(ResidualLinear(linear)(x, residual), expected) < shop.exact
 
 
-def test_network(shop: Any, tiny: MobileFormer, spec: DeploySpec) -> None:
-    after, certificate = shop.certified(masked_former, tiny, spec)
-    before, now = shop.kinds(tiny), shop.kinds(after)
+def test_network(shop: Any, case: tuple[MobileFormer, DeploySpec]) -> None:
+    model, spec = case
+    after, certificate = shop.certified(masked_former, model, spec)
+    before, now = shop.kinds(model), shop.kinds(after)
     assert certificate.places == before["Former"] == now["MaskedFormer"] > 0
     assert now["Former"] == 0
     assert before["Linear"] - now["Linear"] == now["ResidualLinear"] == certificate.places
     assert certificate.operations_after < certificate.operations_before
 
 
-def test_network_in_the_pipeline(shop: Any, tiny: MobileFormer, spec: DeploySpec) -> None:
-    form = shop.prepared(masked_former, tiny, spec)
+def test_network_in_the_pipeline(shop: Any, case: tuple[MobileFormer, DeploySpec]) -> None:
+    model, spec = case
+    form = shop.prepared(masked_former, model, spec)
     after, _ = shop.certified(masked_former, form, spec)
     assert shop.kinds(after)["Former"] == 0
 
