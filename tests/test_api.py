@@ -407,7 +407,7 @@ def test_verify_finds_a_model_that_is_not_its_seed_s(tiny: Any) -> None:
 
 def test_verify_finds_a_precision_that_is_not_what_runs(tiny: Any) -> None:
     path = edited(tiny.export().path, lambda m: m.update(precision="fp16"))
-    with pytest.raises(RuntimeFailure, match="runs in fp32, expected fp16; its numbers would be of another model"):
+    with pytest.raises(RuntimeFailure, match="runs in fp32, expected fp16; its numbers would be another model's"):
         api.verify(path)
 
 

@@ -34,6 +34,9 @@ def channel_first_bridges(model: nn.Module, spec: DeploySpec) -> Changed:
 def split_heads(projected: Tensor, tokens: int, parts: int) -> tuple[Tensor, ...]:
     """(n t, parts c) -> parts of (n, k, c/k, t)."""
     heads = parts * BRIDGE_HEADS
+    if projected.shape[0] == tokens:
+        # The reshape behind the transpose keeps ONNX Runtime from moving it through the split, once for every part.
+        return projected.t().reshape(parts, BRIDGE_HEADS, -1, tokens).split(1)  # t (parts c) -> parts k c/k t
     by_head = projected.reshape(-1, tokens, heads, projected.shape[-1] // heads).permute(0, 2, 3, 1)
     return by_head.split(BRIDGE_HEADS, dim=1)
 

@@ -218,3 +218,42 @@ def test_torch_shares_no_memory_with_the_caller(one_thread: None) -> None:  # no
         first = session.run({"image": given})["logits"]
     assert given.max() == 1
     assert first.min() == first.max() == 2
+
+
+# ---- more pictures than the graph takes
+
+
+def counted(sizes: list[int]) -> Any:
+    def script(inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        sizes.append(len(inputs["image"]))
+        return means(inputs)
+
+    return script
+
+
+def ramp(count: int) -> NDArray[np.float32]:
+    """Pictures that can be told apart."""
+    return np.ones((count, 3, 32, 32), np.float32) * np.arange(count, dtype=np.float32).reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "sizes"),
+    [(1, 3, [1, 1, 1]), (2, 5, [2, 2, 2]), (4, 3, [4]), ("dynamic", 4, [1, 3]), ("dynamic", 1, [1])],
+)
+def test_all_pictures_run_in_batches_that_the_graph_takes(batch: Any, count: int, sizes: list[int]) -> None:
+    seen: list[int] = []
+    with Session(FakeRuntime(counted(seen))) as session:
+        outputs = session.run_all(ramp(count), batch)
+    assert seen == sizes
+    assert outputs["logits"][:, 0].tolist() == list(range(count))  # what fills up a batch is dropped
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16+fp32", ""])
+def test_a_precision_that_is_not_what_runs_is_an_error(precision: str) -> None:
+    with Session(FakeRuntime(means, precision=precision)) as session:
+        with pytest.raises(RuntimeFailure) as caught:
+            session.require_precision("fp32", Path("dist/model"))
+        session.require_precision(precision, Path("dist/model"))
+    assert str(caught.value) == (
+        f"dist/model: runs in {precision}, expected fp32; its numbers would be another model's"
+    )
