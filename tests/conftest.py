@@ -170,7 +170,9 @@ def tiny_family() -> ModuleType:
 
     module: Any = ModuleType("tiny_family")
     module.CARDS = {
-        "tiny": ModelCard("tiny", "tiny", "Tiny", "https://example.org", "here", 5016, 53_152, image=ImageSpec((64, 64)))
+        "tiny": ModelCard(
+            "tiny", "tiny", "Tiny", "https://example.org", "here", 5016, 53_152, image=ImageSpec((64, 64))
+        )
     }
     module.OPTIONS, module.CLASSIFIER, module.HEAD_PREFIXES = TinyOptions, "head", ("head.",)
     module.build, module.filter_checkpoint, module.built = build, lambda state: state, []

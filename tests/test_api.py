@@ -1,4 +1,4 @@
-"""The verbs as functions, over a tiny network: export proves, verify checks again, predict and benchmark believe neither.
+"""The verbs as functions, over a tiny network: export proves, verify checks again, predict and bench trust neither.
 
 Its exports take milliseconds, so that every way an export can go wrong is one test.
 """
@@ -214,7 +214,9 @@ def test_the_manifest_says_where_the_weights_came_from(tiny: Any, tmp_path: Path
     assert weights == {"source": "official.pth", "sha256": sha256, "entry": "state_dict"}
 
 
-def test_verify_with_the_weights_is_against_the_reference_and_without_against_the_sample(tiny: Any, tmp_path: Path) -> None:
+def test_verify_with_the_weights_is_against_the_reference_and_without_against_the_sample(
+    tiny: Any, tmp_path: Path
+) -> None:
     weights = tiny.checkpoint(tmp_path / "official.pth")
     path = tiny.export(weights=weights, num_classes=None).path
     assert api.verify(path, weights)["against"] == "reference"
@@ -225,7 +227,7 @@ def test_verify_with_the_weights_is_against_the_reference_and_without_against_th
 
 def test_verify_with_other_weights_is_not_equal(tiny: Any, tmp_path: Path) -> None:
     path = tiny.export(weights=tiny.checkpoint(tmp_path / "official.pth"), num_classes=None).path
-    with pytest.raises(ParityError, match="not equal to its reference: max abs .*; export the model again"):
+    with pytest.raises(ParityError, match=r"not equal to its reference: max abs .*; export the model again"):
         api.verify(path, tiny.checkpoint(tmp_path / "other.pth", seed=6))
 
 
@@ -244,15 +246,12 @@ def test_the_manifest_holds_the_classes_that_were_built(tiny: Any, tmp_path: Pat
 
 
 def test_weights_that_do_not_fit_leave_nothing(tiny: Any, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"1 of the names or shapes do not fit .* 'tail' is unexpected"):
-        tiny.export(weights=tiny.checkpoint(tmp_path / "odd.pth", tail=np_tensor()))
-    assert tiny.left() == []
-
-
-def np_tensor() -> Any:
     import torch
 
-    return torch.zeros(2)
+    odd = tiny.checkpoint(tmp_path / "odd.pth", tail=torch.zeros(2))
+    with pytest.raises(CheckpointError, match=r"1 of the names or shapes do not fit .* 'tail' is unexpected"):
+        tiny.export(weights=odd)
+    assert tiny.left() == []
 
 
 # ---- exports that go wrong
@@ -270,7 +269,9 @@ def test_a_model_that_is_not_the_reference_is_no_artifact(tiny: Any, spoil: Call
 
 def test_a_failing_parity_says_how_far_off_it_is(tiny: Any) -> None:
     tiny.exporter.change = biased
-    with pytest.raises(ParityError, match=r"^tiny on ort: not equal to the reference: max abs 1\.00e-02 \(limit 1e-03\)"):
+    with pytest.raises(
+        ParityError, match=r"^tiny on ort: not equal to the reference: max abs 1\.00e-02 \(limit 1e-03\)"
+    ):
         tiny.export()
 
 
@@ -302,7 +303,9 @@ def failing(error: BaseException) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    "error", [ExportError("capture of Tiny"), KeyboardInterrupt(), MemoryError(), ValueError("bug")], ids=lambda e: type(e).__name__
+    "error",
+    [ExportError("capture of Tiny"), KeyboardInterrupt(), MemoryError(), ValueError("bug")],
+    ids=lambda e: type(e).__name__,
 )
 @pytest.mark.parametrize("force", [False, True], ids=["new", "replaced"])
 def test_a_failing_exporter_leaves_what_was_there(tiny: Any, error: BaseException, force: bool) -> None:
@@ -314,18 +317,6 @@ def test_a_failing_exporter_leaves_what_was_there(tiny: Any, error: BaseExceptio
     if before is not None:
         assert api.load_artifact(tiny.out / NAME).manifest == before
         assert api.verify(tiny.out / NAME)["against"] == "reference"
-
-
-def test_a_disk_that_fills_up_is_said(tiny: Any) -> None:
-    def fill(directory: Path) -> None:
-        (directory / "model.onnx").write_bytes(b"half")
-        with Path("/dev/full").open("wb", buffering=0) as full:
-            full.write(b"0")
-
-    tiny.exporter.before = fill
-    with pytest.raises(OutputError, match="no space left on the device; free space or choose another with --out"):
-        tiny.export()
-    assert tiny.left() == []
 
 
 def test_an_artifact_that_exists_is_refused_before_any_work(tiny: Any) -> None:
@@ -395,7 +386,7 @@ def test_a_loaded_artifact_runs_inside_its_block_only(tiny: Any) -> None:
 def test_verify_finds_outputs_that_are_not_the_sample_s(tiny: Any) -> None:
     path = tiny.export().path
     np.save(path / "sample" / "output.npy", np.load(path / "sample" / "output.npy") + np.float32(0.01))
-    with pytest.raises(ParityError, match="not equal to its sample: max abs 1.00e-02"):
+    with pytest.raises(ParityError, match=r"not equal to its sample: max abs 1\.00e-02"):
         api.verify(edited(path, lambda m: None))
 
 
@@ -431,9 +422,8 @@ NONSENSE = {
     **{key: (None, "x", [], -1, 0, 1.5) for key in ("batch", "seed")},
     "num_classes": ("x", [], -1, 1.5),
     "features_only": (None, "x", []),
-    **{key: ("x", "") for key in ("model", "target", "precision")},
+    **dict.fromkeys(("model", "target", "precision"), ("x", "")),
 }
-OPTIONAL = {"num_classes", "features_only"}  # a value that Python takes for true or false may pass
 
 
 @pytest.mark.parametrize("key", NONSENSE)
@@ -474,7 +464,9 @@ def expected_top(artifact: Any, paths: list[Path], top: int) -> list[list[tuple[
 def test_the_top_classes_come_with_a_softmax_in_float64(tiny: Any) -> None:
     artifact = tiny.export()
     document = api.predict(artifact.path, photos())
-    for prediction, path, expected in zip(document["predictions"], photos(), expected_top(artifact, photos(), 5), strict=True):
+    for prediction, path, expected in zip(
+        document["predictions"], photos(), expected_top(artifact, photos(), 5), strict=True
+    ):
         assert prediction["image"] == str(path)
         assert [row["class"] for row in prediction["top"]] == [c for c, _ in expected]
         assert [row["label"] for row in prediction["top"]] == [str(c) for c, _ in expected]
@@ -498,7 +490,9 @@ def test_the_batch_of_the_graph_does_not_show(tiny: Any, batch: Any) -> None:
     for one, other in zip(single, batched, strict=True):
         assert one["image"] == other["image"]
         assert [row["class"] for row in one["top"]] == [row["class"] for row in other["top"]]
-        close = pytest.approx([row["probability"] for row in one["top"]], rel=1e-5)  # float32 logits, other summation order
+        close = pytest.approx(
+            [row["probability"] for row in one["top"]], rel=1e-5
+        )  # float32 logits, other summation order
         assert [row["probability"] for row in other["top"]] == close
 
 
@@ -632,11 +626,18 @@ def test_a_changed_artifact_is_not_timed(tiny: Any) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"duration_s": 0}, {"duration_s": -1}, {"duration_s": float("nan")}, {"duration_s": float("inf")}, {"loads": 0}, {"threads": 0}],
+    [
+        {"duration_s": 0},
+        {"duration_s": -1},
+        {"duration_s": float("nan")},
+        {"duration_s": float("inf")},
+        {"loads": 0},
+        {"threads": 0},
+    ],
     ids=str,
 )
 def test_impossible_settings_are_refused(tiny: Any, settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="duration|loads|threads"):
+    with pytest.raises(UsageError, match=r"duration|loads|threads"):
         api.benchmark([tiny.export()], **{**QUICK, **settings})
 
 

@@ -45,10 +45,18 @@ def fill(stage: Path, content: bytes = b"graph") -> None:
     write_manifest(stage, WORDS)
 
 
-def made(out: Path, content: bytes = b"graph", *, force: bool = False) -> Path:
+def made(
+    out: Path, content: bytes = b"graph", *, force: bool = False, then: Callable[[], object] = lambda: None
+) -> Path:
+    """An artifact; `then` runs while its files are written and not yet in place."""
     with staged(out, NAME, force=force) as stage:
         fill(stage, content)
+        then()
     return out / NAME
+
+
+def raising(error: BaseException) -> None:
+    raise error
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
@@ -232,9 +240,7 @@ def test_a_name_that_leaves_the_directory_is_refused(whole: Path, name: str) -> 
     secret = whole.parent / "secret"
     secret.write_bytes(b"")
     rewritten(whole, lambda m: m["files"].append({"name": name, "bytes": 0, "sha256": EMPTY}))
-    assert refusal(whole) == (
-        f"artifact {whole}: file name {name!r} leaves the directory; do not trust this artifact"
-    )
+    assert refusal(whole) == (f"artifact {whole}: file name {name!r} leaves the directory; do not trust this artifact")
 
 
 def test_a_link_is_not_followed_even_to_the_same_bytes(whole: Path) -> None:
@@ -375,22 +381,18 @@ def test_it_gets_the_permissions_that_mkdir_would_give(tmp_path: Path, umask: in
     assert path.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
-@pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("bug"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__
+)
 def test_a_failing_block_leaves_nothing_and_its_error_goes_through(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), staged(tmp_path, NAME, force=False) as stage:
-        fill(stage)
-        raise error
+    with pytest.raises(type(error)):
+        made(tmp_path, then=lambda: raising(error))
     assert os.listdir(tmp_path) == []
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
-    with (
-        pytest.raises(OutputError) as caught,
-        staged(tmp_path, NAME, force=False) as stage,
-        Path("/dev/full").open("wb", buffering=0) as full,
-    ):
-        fill(stage)
-        full.write(b"0")
+    with pytest.raises(OutputError) as caught:
+        made(tmp_path, then=lambda: Path("/dev/full").write_bytes(b"0"))
     assert str(caught.value) == (
         f"output directory {tmp_path}: no space left on the device; free space or choose another with --out"
     )
@@ -401,7 +403,9 @@ def test_a_directory_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("mine")
     for out in (in_the_way, in_the_way / "below"):
-        with pytest.raises(OutputError, match=f"^output directory {re.escape(str(out))}: .+; choose another with --out$"):
+        with pytest.raises(
+            OutputError, match=f"^output directory {re.escape(str(out))}: .+; choose another with --out$"
+        ):
             made(out)
     assert in_the_way.read_text() == "mine"
 
@@ -471,17 +475,15 @@ def test_what_is_no_artifact_is_never_deleted(tmp_path: Path, kind: str, force: 
 
 
 def test_an_artifact_that_appears_meanwhile_is_not_replaced_without_force(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="exists already"), staged(tmp_path, NAME, force=False) as stage:
-        fill(stage, b"slow")
-        made(tmp_path, b"quick")  # another export of the same name, done first
+    with pytest.raises(OutputError, match="exists already"):
+        made(tmp_path, b"slow", then=lambda: made(tmp_path, b"quick"))  # another export of the same name, done first
     assert (tmp_path / NAME / "model.onnx").read_bytes() == b"quick"
     assert os.listdir(tmp_path) == [NAME]
 
 
 def test_a_failing_replacement_leaves_the_old_artifact(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), staged(tmp_path, NAME, force=True) as stage:
-        fill(stage, b"new")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, b"new", force=True, then=lambda: raising(KeyboardInterrupt()))
     assert (load_artifact(whole).path / "model.onnx").read_bytes() == b"graph"
     assert os.listdir(tmp_path) == [NAME]
 

@@ -19,6 +19,7 @@ from edgevit.registry import family_of
 from edgevit.specs import ModelCard
 
 DEFAULT_CLASSES = 1000  # ImageNet-1k, which all published checkpoints of these networks classify
+MAX_SEED = 2**63 - 1  # the largest that PyTorch's generator takes
 MAX_CLASSES = 1_000_000  # more than any published vocabulary; beyond it the last layer alone would not fit in memory
 
 
@@ -82,30 +83,36 @@ def load_model(
     _, family = family_of(name)
     if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
         raise UsageError(f"number of classes {num_classes}: expected 1 to {MAX_CLASSES}")
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"seed {seed}: expected 0 to {MAX_SEED}")
     choices = parse_options(family.OPTIONS, name, options or {})
-    state, record, notes = None, {"source": "random", "seed": seed}, []
-    if weights is not None:
-        read = checkpoint.read_checkpoint(Path(weights))
-        state = family.filter_checkpoint(dict(read.state))
-        record = {"source": Path(weights).name, "sha256": read.sha256, "entry": read.entry}
-        if num_classes is None and (rows := state.get(f"{family.CLASSIFIER}.weight")) is not None:
-            num_classes = rows.shape[0]
-    classes = DEFAULT_CLASSES if num_classes is None else num_classes
+    read = None if weights is None else checkpoint.read_checkpoint(Path(weights))
+    state = None if read is None else family.filter_checkpoint(dict(read.state))
+    classes = num_classes or _classes_of(state, family.CLASSIFIER)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = family.build(name, choices, num_classes=classes, features_only=features_only)
-        if state is None and randomize:
+        if read is None and randomize:
             randomize_(module)
-    if state is not None:
-        if features_only:
-            state = {k: v for k, v in state.items() if not k.startswith(family.HEAD_PREFIXES)}
-        else:
-            state, note = checkpoint.replace_classifier(module, state, family.CLASSIFIER)
-            notes = [] if note is None else [note]
-        checkpoint.load_state(module, state, where=str(weights))
-    else:
-        record["sha256"] = checkpoint.state_sha256(module.state_dict())
-    return LoadedModel(module.eval(), family.CARDS[name], record, tuple(notes))
+    if read is None or state is None:
+        record = {"source": "random", "seed": seed, "sha256": checkpoint.state_sha256(module.state_dict())}
+        return LoadedModel(module.eval(), family.CARDS[name], record, ())
+    note = None
+    if features_only:
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(family.HEAD_PREFIXES)}
+    elif num_classes is not None:  # asked for: another number of classes is no misfit then
+        state, note = checkpoint.replace_classifier(module, state, family.CLASSIFIER)
+    checkpoint.load_state(module, state, where=str(weights))
+    record = {"source": Path(str(weights)).name, "sha256": read.sha256, "entry": read.entry}
+    return LoadedModel(module.eval(), family.CARDS[name], record, () if note is None else (note,))
+
+
+def _classes_of(state: Mapping[str, torch.Tensor] | None, layer: str) -> int:
+    """Rows of a checkpoint's classifier; the default where it has none, for the strict load to name what is wrong."""
+    rows = None if state is None else state.get(f"{layer}.weight")
+    if rows is None or rows.dim() != 2 or not 1 <= rows.shape[0] <= MAX_CLASSES:
+        return DEFAULT_CLASSES
+    return rows.shape[0]
 
 
 def parse_options(kind: type[Any], model: str, given: Mapping[str, Any]) -> Any:

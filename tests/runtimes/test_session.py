@@ -130,7 +130,7 @@ def test_it_is_closed_when_the_block_fails() -> None:
         raise RuntimeFailure("out of memory")
 
     runtime = FakeRuntime(fail)
-    with pytest.raises(RuntimeFailure, match="^out of memory$"), Session(runtime) as session:
+    with pytest.raises(RuntimeFailure, match=r"^out of memory$"), Session(runtime) as session:
         session.run({"image": image(1, 3, 32, 32)})
     assert runtime.calls == ["load", "run", "close"]
 
