@@ -22,7 +22,7 @@ from PIL import Image
 
 import edgevit
 from edgevit import api, inputs, registry
-from edgevit.artifact import MANIFEST, write_manifest
+from edgevit.artifact import MANIFEST, load_artifact, write_manifest
 from edgevit.errors import (
     ArtifactError,
     CheckpointError,
@@ -144,7 +144,7 @@ def test_an_export_is_proven_and_described(tiny: Any) -> None:
     assert manifest["tools"]["edgevit"] == edgevit.__version__
     assert {"torch", "onnx", "onnxruntime", "python"} <= set(manifest["tools"])
     assert manifest["image"]["size"] == [64, 64]
-    assert artifact == api.load_artifact(artifact.path)
+    assert artifact == load_artifact(artifact.path)
 
 
 def test_the_sample_is_what_the_reference_computed(tiny: Any) -> None:
@@ -315,7 +315,7 @@ def test_a_failing_exporter_leaves_what_was_there(tiny: Any, error: BaseExceptio
         tiny.export(force=force)
     assert tiny.left() == ([NAME] if force else [])
     if before is not None:
-        assert api.load_artifact(tiny.out / NAME).manifest == before
+        assert load_artifact(tiny.out / NAME).manifest == before
         assert api.verify(tiny.out / NAME)["against"] == "reference"
 
 
@@ -329,7 +329,7 @@ def test_an_artifact_that_exists_is_refused_before_any_work(tiny: Any) -> None:
 def test_force_replaces_it(tiny: Any) -> None:
     tiny.export(seed=1)
     assert tiny.export(seed=2, force=True).manifest["seed"] == 2
-    assert api.load_artifact(tiny.out / NAME).manifest["seed"] == 2
+    assert load_artifact(tiny.out / NAME).manifest["seed"] == 2
     assert tiny.left() == [NAME]
 
 
@@ -417,7 +417,7 @@ def test_a_sample_output_of_another_shape_is_refused(tiny: Any) -> None:
         api.verify(edited(path, lambda m: None))
 
 
-NONSENSE = {
+NONSENSE: dict[str, tuple[Any, ...]] = {
     **{key: (None, 5, "x", [], {}) for key in ("weights", "options", "image")},
     **{key: (None, "x", [], -1, 0, 1.5) for key in ("batch", "seed")},
     "num_classes": ("x", [], -1, 1.5),
@@ -431,7 +431,7 @@ def test_a_manifest_of_nonsense_is_an_error_of_edgevit_s(tiny: Any, key: str) ->
     path = tiny.export().path
     whole = (path / MANIFEST).read_text()
     others: list[str] = []
-    verbs = {
+    verbs: dict[str, Callable[[], Any]] = {
         "verify": lambda: api.verify(path),
         "predict": lambda: api.predict(path, photos()[:1]),
         "benchmark": lambda: api.benchmark([path], **QUICK, vs="naive"),

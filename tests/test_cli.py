@@ -14,7 +14,7 @@ import pytest
 
 import edgevit
 from edgevit import api, inputs
-from edgevit.artifact import sha256_of
+from edgevit.artifact import load_artifact, sha256_of
 from edgevit.registry import model_names
 
 VERBS = ("list", "info", "doctor", "export", "verify", "run", "bench")
@@ -149,7 +149,7 @@ def test_export_lists_the_files_it_wrote(exported: Any) -> None:
 
 
 def test_export_records_its_command_and_leaves_nothing_beside(exported: Any) -> None:
-    command = api.load_artifact(exported.path).manifest["command"]
+    command = load_artifact(exported.path).manifest["command"]
     assert command == "edgevit export mobileformer_26m --to onnx --image-size 64x64 --out dist --json"
     assert [path.name for path in exported.path.parent.iterdir()] == [NAME]
 
@@ -190,7 +190,7 @@ def test_export_options_reach_the_artifact(cli: Any, tiny: Any, batch: str) -> N
         "4",
     )
     told = cli("export", "tiny", "--to", "onnx", "--out", tiny.out, *asked, "--num-classes", "7", "--json")
-    manifest = api.load_artifact(told.document["artifact"]).manifest
+    manifest = load_artifact(told.document["artifact"]).manifest
     assert Path(told.document["artifact"]).name == "tiny-onnx-fp32-32x96"
     assert str(manifest["batch"]) == batch
     assert (manifest["image"]["size"], manifest["seed"], manifest["num_classes"]) == ([32, 96], 4, 7)
@@ -245,7 +245,7 @@ def test_run_gives_the_top_5_with_names_and_a_softmax_in_float64(cli: Any, expor
     assert told.document["random_weights"] is True
     assert prediction["image"] == str(CHELSEA)
 
-    artifact = api.load_artifact(exported.path)
+    artifact = load_artifact(exported.path)
     with edgevit.load(exported.path) as runtime:
         logits = runtime.run({"image": inputs.load_images([CHELSEA], artifact.image_spec)})["logits"][0]
     shares = np.exp(logits.astype(np.float64) - logits.max())

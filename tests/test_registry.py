@@ -19,7 +19,6 @@ from edgevit.contracts import Runtime
 from edgevit.errors import EdgevitError, MissingDependencyError, UnknownNameError, UsageError
 from edgevit.registry import FAMILIES, RUNTIMES, TARGETS, Row, exporter, family_of, model_names, runtime_class
 
-
 # ---- every row
 
 

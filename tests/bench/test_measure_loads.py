@@ -149,11 +149,14 @@ def test_what_a_run_raises_goes_through_and_the_load_is_closed(stage: Any, faili
     garage = Garage(stage, [(10, 5)] * 3)
     ended: list[int] = []
 
+    def break_down() -> None:
+        raise KeyError("broken")
+
     @contextmanager
     def load() -> Iterator[list[Contestant]]:
         with garage.load() as contestants:
             if len(ended) == failing:
-                contestants[1] = Contestant("b", lambda: {}["broken"])  # type: ignore[no-any-return, index]
+                contestants[1] = Contestant("b", break_down)
             yield contestants
         ended.append(1)
 
