@@ -35,16 +35,20 @@ class GemmTranspose(passes.InPlacePass):
         """Apply the pass to the main graph."""
         modified = False
         for node in model.graph:
-            source = node.inputs[0].producer() if node.op_type == "Gemm" and node.inputs[0] is not None else None
-            if (
-                source is not None
-                and source.op_type == "Transpose"
-                and len(source.attributes.get_ints("perm", [])) == 2
-            ):
-                node.replace_input_with(0, source.inputs[0])
+            while (source := _transposed_operand(node)) is not None:
+                node.replace_input_with(0, source)
                 node.attributes["transA"] = ir.AttrInt64("transA", 1 - node.attributes.get_int("transA", 0))
                 modified = True
         return passes.PassResult(model, modified)
+
+
+def _transposed_operand(node: ir.Node) -> ir.Value | None:
+    """What a Gemm's left operand is the transpose of, if it is one."""
+    operand = node.inputs[0] if node.op_type == "Gemm" else None
+    source = None if operand is None else operand.producer()
+    if source is None or source.op_type != "Transpose" or list(source.attributes.get_ints("perm", [])) != [1, 0]:
+        return None
+    return source.inputs[0]
 
 
 class ShortSoftmax(passes.InPlacePass):
@@ -69,8 +73,8 @@ def _short_axis(node: ir.Node) -> int | None:
         return None
     axis = node.attributes.get_int("axis", -1) % len(x.shape)
     lengths = [d if isinstance(d, int) else 1 for d in x.shape]  # a dynamic batch counts as one
-    pays = axis < len(lengths) - 1 and lengths[axis] < SHORT_AXIS and int(np.prod(lengths)) >= LARGE_SOFTMAX
-    return axis if pays else None
+    short = isinstance(x.shape[axis], int) and lengths[axis] < SHORT_AXIS and axis < len(lengths) - 1
+    return axis if short and int(np.prod(lengths)) >= LARGE_SOFTMAX else None
 
 
 def _softmax_parts(node: ir.Node, axis: int) -> Tape:
@@ -105,7 +109,8 @@ def _is_narrow_pointwise(node: ir.Node) -> bool:
     c_out, c_in, *kernel = _array(weights[0]).shape
     strides = list(node.attributes.get_ints("strides", [1, 1]))
     height, width = _positions(x)
-    fits = x.shape[0] == 1 and kernel == [1, 1] and strides == [1, 1] and height * width >= MANY_POSITIONS
+    plain = strides == [1, 1] and not any(node.attributes.get_ints("pads", [0]))
+    fits = x.shape[0] == 1 and kernel == [1, 1] and plain and height * width >= MANY_POSITIONS
     return fits and min(c_in, c_out) < BLOCK
 
 

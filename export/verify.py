@@ -50,9 +50,10 @@ def compare_outputs(expected: Outputs, actual: Outputs, precision: str, runtime:
 def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """Cosine of the angle between two tensors as vectors; -1 where either is not finite."""
     x, y = a.astype(np.float64).ravel(), b.astype(np.float64).ravel()
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return -1.0
     norm = float(np.linalg.norm(x) * np.linalg.norm(y))
-    value = float(x @ y) / norm if norm > 0 else float(np.array_equal(x, y))
-    return value if np.isfinite(value) else -1.0
+    return float(x @ y) / norm if norm > 0 else float(np.array_equal(x, y))
 
 
 def top1_agreement(expected: NDArray[np.float32], actual: NDArray[np.float32], tie: float) -> float:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -414,7 +415,7 @@ def test_a_read_only_directory_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse(*_: Any, **__: Any) -> str:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(artifact.tempfile, "mkdtemp", refuse)  # root may write anywhere
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)  # root may write anywhere
     with pytest.raises(OutputError, match="Read-only file system; choose another with --out"):
         made(tmp_path)
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgevit import artifact as artifacts
 from edgevit import inputs
 from edgevit.artifact import MANIFEST, load_artifact
 
@@ -218,7 +218,7 @@ def test_a_directory_that_cannot_be_written_is_said(cli: Any, tiny: Any, monkeyp
     def denied(*_: Any, **__: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(artifacts.tempfile, "mkdtemp", denied)  # root may write anywhere
+    monkeypatch.setattr(tempfile, "mkdtemp", denied)  # root may write anywhere
     message = one_line(cli("export", "tiny", "--to", "onnx", "--out", tiny.out), 1)
     assert message == f"output directory {tiny.out}: Permission denied; choose another with --out"
     assert tiny.left() == []
@@ -527,7 +527,7 @@ def test_a_second_ctrl_c_while_it_tidies_up_still_leaves_nothing(
         os.kill(os.getpid(), signal.SIGINT)
         remove(*arguments, **options)
 
-    monkeypatch.setattr(artifacts.shutil, "rmtree", impatient)
+    monkeypatch.setattr(shutil, "rmtree", impatient)
     tiny.exporter.before = interrupting(signal.SIGINT)
     assert cli("export", "tiny", "--to", "onnx", "--out", tiny.out).code == 130
     assert tiny.left() == []
@@ -565,7 +565,7 @@ main()
 
 def test_ctrl_c_ends_a_program_with_130_and_one_line(started: Any, tmp_path: Path) -> None:
     process = started("-c", SLOW, *EXPORT, "--out", tmp_path / "out")
-    said = []
+    said: list[str] = []
     while said[-1:] != ["half written\n"]:
         said.append(process.stderr.readline())
         assert said[-1] != "", said  # it ended before it was interrupted

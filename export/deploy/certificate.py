@@ -68,7 +68,13 @@ def certify(
     after, places, notes = rewrite(copy.deepcopy(model), spec)
     if places == 0:
         return model, None, before
-    now = probe(after, spec)
+    now = probe(after.eval(), spec)  # a rewrite makes its modules in training mode
+    shapes, wanted = ([tuple(out.shape) for out in p.outputs] for p in (now, before))
+    if shapes != wanted:
+        raise ExportError(
+            f"rewrite {rewrite.__name__}: outputs of shapes {shapes}, expected {wanted}; "
+            "this is a bug of the rewrite: please report it with the model and its options"
+        )
     max_rel = max(relative_difference(a, e) for a, e in zip(now.outputs, before.outputs, strict=True))
     if not max_rel <= MAX_REL:
         raise ExportError(

@@ -22,21 +22,27 @@ from .dynamic_relu import ClippedDynamicReLU, activate
 
 BYTES = 4  # of a float32, the widest activation that is deployed
 LANES = 16  # channels that a 512-bit register holds: depthwise kernels want multiples of it
-WIDE_MAP = 784  # positions (28x28) from which m depthwise kernels beat one kernel on m copies; measured, see README
+# Positions (28x28) from which m depthwise kernels beat one kernel on m copies: 269 against 315 us at 56x56 (m 4, 24
+# channels), 80 against 118 at 28x28 (m 4, 48 channels), equal at 14x14; the multiplier itself took 331, 162 and 115.
+WIDE_MAP = 784
 
 Slopes = tuple[Tensor, Tensor]  # a1 and a2 of one branch, (n, e, 1, 1) or (n, e, h, w)
 
 
 def branch_hidden(model: nn.Module, spec: DeploySpec) -> Changed:
-    """Split hidden channels into branches no wider than `spec.cache_bytes`; without a budget nothing is done.
+    """Split hidden channels into branches no wider than `spec.cache_bytes`.
+
+    Without a budget each block is one branch and depthwise multipliers stay: the same network in the same operators,
+    in the form that `merge_token_stream` takes.
 
     Given:  after `fold_batchnorm`, `densify_pointwise` and `clip_slopes`: project(activation(expand(x)))
     Result: sum over branches i of project_i(activation_i(expand_i(x)))
     """
-    if spec.cache_bytes is None or not isinstance(model, MobileFormer):
+    if not isinstance(model, MobileFormer):
         return model, 0, ()
     batch = 1 if spec.batch == "dynamic" else spec.batch
-    stage = _Stage(spec.height // 2, spec.width // 2, 1, spec.cache_bytes // (BYTES * batch))
+    budget = None if spec.cache_bytes is None else spec.cache_bytes // (BYTES * batch)
+    stage = _Stage(spec.height // 2, spec.width // 2, 1, budget)
     places, before = 0, 2
     for i, block in enumerate(model.features):
         stage = replace(stage, stride=model.strides[i] // before)
@@ -47,17 +53,21 @@ def branch_hidden(model: nn.Module, spec: DeploySpec) -> Changed:
             model.features[i] = BranchedBlock(block, stage)
             places += 1
         stage, before = stage.next(), model.strides[i]
-    return model, places, (f"branches of at most {spec.cache_bytes} bytes of hidden activations",)
+    width = "whole" if budget is None else f"in branches of at most {spec.cache_bytes} bytes"
+    return model, places, (f"hidden activations {width}",)
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """Where a bottleneck stands: input size, stride of its first convolution, elements that a branch may hold."""
+    """Where a bottleneck stands: input size, stride of its first convolution, elements that a branch may hold.
+
+    Without a budget nothing is split.
+    """
 
     height: int
     width: int
     stride: int
-    budget: int
+    budget: int | None
 
     def next(self) -> _Stage:
         return replace(self, height=self.height // self.stride, width=self.width // self.stride, stride=1)
@@ -68,6 +78,8 @@ class _Stage:
 
     def branches(self, hidden: int, units: int) -> int:
         """Smallest divisor of `units` that brings `hidden` channels under the budget, else `units`."""
+        if self.budget is None:
+            return 1
         fits = (c for c in range(1, units) if units % c == 0 and hidden * self.positions <= c * self.budget)
         return next(fits, units)
 
@@ -83,8 +95,9 @@ class Depthwise(nn.Module):
         channels = conv.in_channels
         grid = torch.arange(conv.out_channels).view(channels, -1)[:, copies.start : copies.stop]  # c, copies
         wide = stage.positions >= WIDE_MAP
-        if len(copies) > 1 and stage.stride > 1 and not wide and not shuffled:
-            # Copying a map of which the stride drops three quarters costs more than the slow kernel.
+        # Copying a map of which the stride drops three quarters costs more than the slow kernel.
+        keep = stage.budget is None or (stage.stride > 1 and not wide)
+        if len(copies) > 1 and keep and not shuffled:
             self.picks, self.tiles = grid.reshape(-1), 1
             parts = [self.picks]
         else:

@@ -73,7 +73,7 @@ def test_reorder_moves_both_slopes(shop: Any, spatial: bool) -> None:
     assert shop.difference(clipped(x[:, order], z, scores), relu(x, z, scores)[:, order]) < shop.exact
 
 
-@pytest.mark.parametrize("size", [(2, 3), (4, 6), (8, 12)])
+@pytest.mark.parametrize("size", [(2, 3), (4, 6), (8, 12), (4, 12)])
 def test_token_share_is_the_references_pool(shop: Any, size: tuple[int, int]) -> None:
     scores = shop.normal(2, 2, 3, 8, 12)
     expected = F.adaptive_avg_pool2d(scores.mean(1), size).softmax(1).flatten(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,21 @@ def test_branches_fit_and_are_as_few_as_can_be(shop: Any, name: str, batch: Any,
         assert held[0] <= cache_bytes or len(held) == n
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_last_byte_decides(shop: Any, batch: int) -> None:
+    """An activation of exactly the budget is whole; with one byte less it is cut."""
+    spec = DeploySpec(batch, 64, 96)
+    form = shop.prepared(branch_hidden, shop.build("plain"), spec)
+    image = shop.normal(batch, 3, 64, 96)
+
+    def held(cache_bytes: int) -> list[list[int]]:
+        return held_bytes(branch_hidden(copy.deepcopy(form), replace(spec, cache_bytes=cache_bytes))[0], image)
+
+    widest = max(map(max, held(UNLIMITED)))
+    assert all(len(branches) == 1 for branches in held(widest))
+    assert any(len(branches) > 1 for branches in held(widest - 1))
+
+
 @budgets
 def test_every_hidden_channel_is_in_one_branch(shop: Any, cache_bytes: int) -> None:
     spec = DeploySpec(1, 64, 96, cache_bytes=cache_bytes)
@@ -133,9 +149,13 @@ def test_grouped_bottlenecks_stay_whole(shop: Any, name: str, spec: DeploySpec) 
 @pytest.mark.parametrize("name", ["plain", "spatial_features"])
 def test_no_budget_no_branches(shop: Any, name: str, spec: DeploySpec) -> None:
     form = shop.prepared(branch_hidden, shop.build(name), spec)
+    """Every block is one branch, and a multiplier stays one convolution."""
     after, certificate, _ = certify(branch_hidden, form, spec)
-    assert certificate is None
-    assert after is form
+    assert certificate is not None
+    assert certificate.notes == ("hidden activations whole",)
+    depthwise = [m for m in after.modules() if isinstance(m, Depthwise)]
+    assert depthwise
+    assert all(len(m.convs) == 1 and m.tiles == 1 for m in depthwise)
 
 
 def test_clipped_slopes_come_first(shop: Any) -> None:
@@ -157,7 +177,7 @@ MAPS = {"narrow": (6, 10), "wide": (28, 28)}
 def test_depthwise(shop: Any, channels: int, multiplier: int, kind: str, stride: int, shuffled: bool) -> None:
     """Each branch computes its picks of the convolution; all branches together every channel once."""
     height, width = MAPS[kind]
-    stage: Any = SimpleNamespace(stride=stride, positions=height * width)
+    stage: Any = SimpleNamespace(stride=stride, positions=height * width, budget=1)
     assert (stage.positions >= WIDE_MAP) == (kind == "wide")
     conv = nn.Conv2d(channels, channels * multiplier, 3, stride, 1, groups=channels)
     x = shop.normal(2, channels, height * stride, width * stride)
@@ -176,7 +196,7 @@ def test_multipliers_are_undone(shop: Any, kind: str, stride: int) -> None:
     """One input channel for each output channel, except where a stride would drop most of the copies."""
     height, width = MAPS[kind]
     conv = shop.randomized(nn.Conv2d(6, 24, 3, stride, 1, groups=6))
-    stage: Any = SimpleNamespace(stride=stride, positions=height * width)
+    stage: Any = SimpleNamespace(stride=stride, positions=height * width, budget=1)
     convs = list(Depthwise(conv, range(4), stage).convs)
     true_depthwise = all(c.groups == c.in_channels == c.out_channels for c in convs)
     assert true_depthwise == ((kind, stride) != ("narrow", 2))
@@ -185,7 +205,7 @@ def test_multipliers_are_undone(shop: Any, kind: str, stride: int) -> None:
 
 def test_shuffled_order_is_the_shuffles(shop: Any) -> None:
     """Copy by copy is what the channel shuffle behind a depthwise stage makes of channel by channel."""
-    stage: Any = SimpleNamespace(stride=2, positions=60)
+    stage: Any = SimpleNamespace(stride=2, positions=60, budget=1)
     conv = shop.randomized(nn.Conv2d(5, 15, 3, 2, 1, groups=5))
     picks = Depthwise(conv, range(3), stage, shuffled=True).picks
     assert picks.tolist() == torch.arange(15).view(5, 3).t().flatten().tolist()

@@ -93,7 +93,7 @@ def test_small_grouped_networks(shop: Any, name: str, cache_bytes: int | None) -
     form, certificates = holds(shop.build(name).float(), spec, shop)
     names = [c.rewrite for c in certificates]
     assert "gather_shuffle" in names and "densify_pointwise" not in names
-    assert ("branch_hidden" in names) == (cache_bytes is not None)
+    assert {"branch_hidden", "merge_token_stream"} <= set(names)
     assert shop.kinds(form)["ChannelShuffle"] == 0
 
 
@@ -120,7 +120,6 @@ def test_a_training_model_is_deployed_in_evaluation(shop: Any) -> None:
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.xfail(reason="reported: modules made by the rewrites are in training mode")
 @pytest.mark.parametrize("cache_bytes", [None, 6_000])
 def test_the_form_is_in_evaluation(shop: Any, cache_bytes: int | None) -> None:
     form, _ = deploy(shop.build("plain").float().train(), DeploySpec(1, 32, 32, cache_bytes=cache_bytes))
@@ -215,7 +214,7 @@ def test_a_refused_rewrite_leaves_the_model(shop: Any) -> None:
     model = shop.build("plain")
     expected = copy.deepcopy(model.state_dict())
     with pytest.raises(ExportError):
-        certify(scaled, model, DeploySpec(1, 32, 32))
+        certify(one_entry, model, DeploySpec(1, 32, 32))
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
 
 
@@ -236,7 +235,6 @@ def test_relative_difference(actual: list[float], expected: list[float], differe
     assert relative_difference(torch.tensor(actual), torch.tensor(expected)) == difference
 
 
-@pytest.mark.xfail(reason="reported: certify broadcasts the two outputs against each other")
 @pytest.mark.parametrize("wrong", [lambda out: out[None], lambda out: out[0]], ids=["one axis more", "one axis less"])
 def test_another_shape_is_refused(shop: Any, wrong: Any) -> None:
     def reshaped(model: nn.Module, _: DeploySpec) -> Any:
@@ -246,7 +244,6 @@ def test_another_shape_is_refused(shop: Any, wrong: Any) -> None:
         certify(reshaped, shop.build("plain"), DeploySpec(1, 32, 32))
 
 
-@pytest.mark.xfail(raises=ValueError, reason="reported: certify lets zip's ValueError through, which names no rewrite")
 def test_fewer_outputs_are_refused(shop: Any) -> None:
     def truncated(model: nn.Module, _: DeploySpec) -> Any:
         return Changed(model, lambda features: features[:4]), 1, ()

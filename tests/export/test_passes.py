@@ -150,7 +150,6 @@ def test_plain_gemm_stays() -> None:
     left(GemmTranspose(), graph("(float[3, 4] a) => (float[3, 5] y) { y = Gemm(a, b) }", b=normal(4, 5)))
 
 
-@pytest.mark.xfail(reason="reported: any two-entry perm is taken for a transpose")
 def test_a_transpose_that_moves_nothing_is_none() -> None:
     text = "(float[4, 4] a) => (float[4, 5] y) { t = Transpose<perm = [0, 1]>(a) y = Gemm(t, b) }"
     proto = graph(text, b=normal(4, 5))
@@ -159,7 +158,6 @@ def test_a_transpose_that_moves_nothing_is_none() -> None:
     assert np.abs(outputs(after, feeds)[0] - outputs(proto, feeds)[0]).max() <= SAME
 
 
-@pytest.mark.xfail(reason="reported: each run folds one of several transposes, so the pass is not idempotent")
 def test_transposes_in_a_row() -> None:
     text = """(float[3, 4] a) => (float[3, 5] y)
         { s = Transpose<perm = [1, 0]>(a) t = Transpose<perm = [1, 0]>(s) y = Gemm(t, b) }"""
@@ -215,7 +213,6 @@ def test_other_softmaxes_stay(shape: tuple[int, ...], axis: int | None) -> None:
     left(ShortSoftmax(), softmax(shape, axis))
 
 
-@pytest.mark.xfail(reason="reported: a softmax axis of unknown length counts as one entry, so as short")
 def test_axis_of_unknown_length_stays() -> None:
     left(ShortSoftmax(), softmax((64, "n", 128), 1))
 
@@ -328,7 +325,6 @@ def test_computed_weights_stay(given: str) -> None:
     left(PointwiseGemm(), graph(text, **stored))
 
 
-@pytest.mark.xfail(reason="reported: the pass does not look at pads")
 def test_padded_pointwise_stays() -> None:
     out = f"{SIDE + 2}, {SIDE + 2}"
     left(PointwiseGemm(), pointwise(attributes="<pads = [1, 1, 1, 1]>", out=out))
@@ -386,11 +382,6 @@ def test_equal_outputs_both_stay() -> None:
     after = ir.to_proto(run(ir.from_proto(proto), CLEANUP))
     assert signature(after) == signature(proto)
     assert kinds(after).count("Exp") == 1
-
-
-@pytest.mark.xfail(reason="reported: onnx_ir's identity pass gives both outputs one name")
-def test_output_that_is_another_output_keeps_its_name() -> None:
-    cleaned(graph("(float[3] x) => (float[3] y, float[3] z) { y = Exp(x) z = Identity(y) }"), x=normal(3))
 
 
 def test_unread_nodes_and_constants_go() -> None:
@@ -453,7 +444,9 @@ def test_finish_removes_what_the_exporter_noted() -> None:
 
 def test_finish_writes_the_shapes() -> None:
     text = "(float[n, 3] x) => (float[n, 5] y) { a = MatMul(x, w) y = Relu(a) }"
-    model = run(ir.from_proto(graph(text, w=normal(3, 5))), FINISH)
+    proto = graph(text, w=normal(3, 5))
+    del proto.graph.value_info[:]
+    model = run(ir.from_proto(proto), FINISH)
     inner = model.graph[0].outputs[0]
     assert inner.shape is not None and [str(d) for d in inner.shape] == ["n", "5"]
 
