@@ -264,7 +264,8 @@ def measure_loads(
     """`loads` races, each with freshly loaded contestants that share the duration; their rounds are pooled.
 
     One load of a model may be a percent faster than the next for as long as it lives; pooling several makes that part
-    of the result instead of a bias.
+    of the result instead of a bias. The interval still takes the pooled rounds for independent: it is too narrow to say
+    where the next load will lie.
     """
     settings = settings or BenchSettings()
     share = replace(settings, duration_s=settings.duration_s / loads, max_duration_s=settings.max_duration_s / loads)

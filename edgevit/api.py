@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from edgevit import __version__, inputs, registry
 from edgevit.artifact import Artifact, artifact_name, describe_export, load_artifact, staged, write_manifest
 from edgevit.contracts import Built
-from edgevit.errors import ParityError, UnknownNameError, UsageError
+from edgevit.errors import ParityError, RuntimeFailure, UnknownNameError, UsageError
 from edgevit.predictions import top_classes
 from edgevit.runtimes import Session
-from edgevit.specs import Batch, BenchReport, ExportSpec, ModelCard, Parity, check_batch, check_image_size
+from edgevit.specs import Batch, BenchReport, ExportSpec, ModelCard, Parity, check_image_size
 
 Progress = Callable[[float, str], None]  # share done, what is being done
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "pillow")
@@ -110,7 +110,7 @@ def export_model(
         weights=None if weights is None else str(weights),
         num_classes=num_classes,
         image_size=image_size,
-        batch=check_batch(batch),
+        batch=batch,
         features_only=features_only,
         options=tuple(sorted((options or {}).items())),
         pointwise=pointwise,
@@ -120,6 +120,7 @@ def export_model(
 
 
 def _export(spec: ExportSpec, out: Path, force: bool, command: str | None, progress: Progress) -> Artifact:
+    from edgevit.bench.machine import library_versions
     from edgevit.models import load_model, model_card
 
     card = model_card(spec.model)
@@ -144,17 +145,17 @@ def _export(spec: ExportSpec, out: Path, force: bool, command: str | None, progr
         built = exporter.export(loaded.module, card, spec, stage)
         progress(0.8, "comparing with the reference on photographs")
         parity = _prove(loaded.module, card, spec, built, stage, exporter.runtime)
+        tools = {"edgevit": __version__, "python": platform.python_version(), **library_versions(TOOLS)}
         record = describe_export(spec, card.image, built, parity)
-        record |= {"weights": dict(loaded.weights), "notes": list(loaded.notes), "command": command}
-        write_manifest(stage, record | {"complexity": _complexity(stage, built), "tools": _tools()})
+        record |= {
+            "num_classes": loaded.num_classes,
+            "weights": dict(loaded.weights),
+            "notes": list(loaded.notes),
+            "command": command,
+        }
+        write_manifest(stage, record | {"complexity": _complexity(stage, built), "tools": tools})
         progress(1.0, "done")
     return load_artifact(out / name)
-
-
-def _tools() -> dict[str, str]:
-    from edgevit.bench.machine import library_versions
-
-    return {"edgevit": __version__, "python": platform.python_version(), **library_versions(TOOLS)}
 
 
 def _complexity(stage: Path, built: Built) -> dict[str, Any] | None:
@@ -281,6 +282,8 @@ def predict(
     if "logits" not in outputs:
         raise UsageError(f"{path}: has no logits (outputs {', '.join(outputs)}); run needs a classifier")
     logits = outputs["logits"]
+    if not np.isfinite(logits).all():
+        raise RuntimeFailure(f"{path}: logits are not finite (NaN or infinite); verify the artifact, or its weights")
     names = None if labels is None else inputs.read_labels(Path(labels), logits.shape[1])
     return {
         "artifact": str(path),
@@ -324,7 +327,8 @@ def benchmark(
         races = [artifacts] if vs is None else [[artifact] for artifact in artifacts]
         reports = []
         for i, race in enumerate(races):
-            entries = [(_entry_name(a, race), a, a.model_file) for a in race]
+            names = [a.name for a in race]  # two of one name are told apart by their paths
+            entries = [(a.name if names.count(a.name) == 1 else str(a.path), a, a.model_file) for a in race]
             if vs == "naive":
                 entries.insert(0, (f"{race[0].name} (naive)", race[0], _naive(race[0], Path(scratch))))
             reports.append(_race(entries, settings, threads, loads, part_of(progress, i, len(races))))
@@ -342,11 +346,6 @@ def _artifact_of(item: Artifact | str | Path, scratch: Path, progress: Progress)
         raise UnknownNameError("artifact directory or model", str(item), names)
     progress(0.0, f"exporting {item}")
     return export_model(str(item), "onnx", out=scratch, force=True)
-
-
-def _entry_name(artifact: Artifact, race: Sequence[Artifact]) -> str:
-    """The directory's name, or its path where two share a name."""
-    return artifact.name if sum(a.name == artifact.name for a in race) == 1 else str(artifact.path)
 
 
 def _naive(artifact: Artifact, scratch: Path) -> Path:

@@ -15,10 +15,12 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,7 +30,7 @@ from numpy.typing import NDArray
 
 from edgevit.contracts import Built
 from edgevit.errors import ArtifactError, OutputError
-from edgevit.specs import ExportSpec, ImageSpec, Parity
+from edgevit.specs import MAX_BATCH, ExportSpec, ImageSpec, Parity
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -57,20 +59,14 @@ class Artifact:
     def image_spec(self) -> ImageSpec:
         """How a picture becomes the input of this model."""
         image = self.manifest["image"]
-        try:
-            height, width = (int(side) for side in image["size"])
-            mean, std = (tuple(float(v) for v in image[key]) for key in ("mean", "std"))
-            return ImageSpec((height, width), mean, std, float(image["crop"]), image["interpolation"])  # type: ignore[arg-type]  # three values each, or preprocessing refuses them
-        except (KeyError, TypeError, ValueError):
-            raise ArtifactError(
-                f"{self.path / MANIFEST}: image preprocessing is incomplete; export the model again"
-            ) from None
+        size, mean, std = (tuple(image[key]) for key in ("size", "mean", "std"))
+        return ImageSpec(size, mean, std, float(image["crop"]), image["interpolation"])
 
     def array(self, name: str) -> NDArray[np.float32]:
         """A float32 array of the artifact, e.g. `sample/input.npy`; nothing that a crafted file holds is executed."""
         try:
             array = np.load(self.path / name, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ArtifactError(f"{self.path / name}: not a NumPy array ({error}); export the model again") from None
         if not isinstance(array, np.ndarray) or array.dtype != np.float32:
             raise ArtifactError(f"{self.path / name}: expected a float32 array; export the model again")
@@ -114,47 +110,51 @@ def staged(out: Path, name: str, *, force: bool) -> Iterator[Path]:
         OutputError: `out/name` exists and `force` is off, or is no artifact; or `out` cannot be written.
     """
     final = out / name
-    _check_free(final, force=force)
+    made, stage = False, None
     try:
+        _check_free(final, force=force)
+        made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=out))
-    except OSError as error:
-        raise OutputError(f"output directory {out}: {_reason(error)}; choose another with --out") from None
-    try:
         yield stage
         stage.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the artifact gets what mkdir would give
+        _check_free(final, force=force)  # again: another export may have taken the name meanwhile
         _swap(stage, final)
     except OSError as error:
-        raise OutputError(
-            f"output directory {out}: {_reason(error)}; free space or choose another with --out"
-        ) from None
+        advice = "free space or choose" if error.errno == errno.ENOSPC else "choose"
+        raise OutputError(f"output directory {out}: {_reason(error)}; {advice} another with --out") from None
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # only if nothing was put there
 
 
 def _check_free(final: Path, *, force: bool) -> None:
-    if not final.exists() and not final.is_symlink():
+    if final.is_symlink():
+        raise OutputError(f"{final} exists and is a link; remove it, or give another --out: links are not replaced")
+    if not final.exists():
         return
     if not force:
         raise OutputError(f"{final} exists already; give --force to replace it, or another --out")
-    if final.is_symlink() or not (final / MANIFEST).is_file():
+    if not (final / MANIFEST).is_file():
         raise OutputError(f"{final} exists and is not an artifact (no {MANIFEST}); --force replaces artifacts only")
 
 
 def _swap(stage: Path, final: Path) -> None:
-    """Rename `stage` to `final`; what stood there comes back if the rename fails."""
+    """Rename `stage` to `final`; what stood there comes back whatever interrupts the two renames."""
     if not final.exists():
         stage.rename(final)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    final.rename(old / "old")
+    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
+        final.rename(aside / "old")
         stage.rename(final)
-    except BaseException:
-        (old / "old").rename(final)
-        raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if (aside / "old").exists() and not final.exists():
+            (aside / "old").rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_manifest(stage: Path, manifest: Mapping[str, Any]) -> None:
@@ -183,36 +183,82 @@ def load_artifact(path: str | Path) -> Artifact:
         raise ArtifactError(
             f"{root / MANIFEST}: schema_version {version}, this edgevit reads up to {SCHEMA_VERSION}; update edgevit"
         )
-    try:
-        entries = [(str(f["name"]), int(f["bytes"]), str(f["sha256"])) for f in manifest["files"]]
-        known = {name for name, _, _ in entries}
-        complete = manifest["model_file"] in known and all(
-            isinstance(manifest[k], str) for k in ("model", "target", "precision")
-        )
-    except (KeyError, TypeError, ValueError):
-        complete = False
-    if not complete:
-        raise ArtifactError(f"{root / MANIFEST}: not an edgevit manifest; export the model again")
-    for name, size, digest in entries:
-        _check_file(root, name, size, digest)
+    for key, check in FIELDS.items():
+        if key not in manifest or not check(manifest[key]):
+            raise _no_manifest(root, f"{key} is missing or of another kind")
+    known = [entry["name"] for entry in manifest["files"]]
+    if manifest["model_file"] not in known:
+        raise _no_manifest(root, "model_file is not among its files")
+    for entry in manifest["files"]:
+        _check_file(root, entry["name"], entry["bytes"], entry["sha256"])
     return Artifact(root, manifest)
+
+
+def _no_manifest(root: Path, why: str) -> ArtifactError:
+    return ArtifactError(f"{root / MANIFEST}: not an edgevit manifest ({why}); export the model again")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_file_list(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(f, dict) and _is_text(f.get("name")) and _is_count(f.get("bytes")) and _is_text(f.get("sha256"))
+        for f in value
+    )
+
+
+def _is_image(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("interpolation") not in ("bilinear", "bicubic"):
+        return False
+    lengths = {"size": 2, "mean": 3, "std": 3}
+    if any(not isinstance(value.get(key), list) or len(value[key]) != n for key, n in lengths.items()):
+        return False
+    numbers = [*value["mean"], *value["std"], value.get("crop")]
+    return all(_is_number(v) for v in numbers) and all(_is_count(v) for v in value["size"])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+# What the readers of a manifest rely on. It is untrusted input: each field is checked once, here.
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "model": _is_text,
+    "target": _is_text,
+    "precision": _is_text,
+    "model_file": _is_text,
+    "files": _is_file_list,
+    "image": _is_image,
+    "batch": lambda value: value == "dynamic" or (_is_count(value) and 1 <= value <= MAX_BATCH),
+    "seed": _is_count,
+    "num_classes": lambda value: value is None or (_is_count(value) and value > 0),
+    "features_only": lambda value: isinstance(value, bool),
+    "options": lambda value: isinstance(value, dict),
+    "weights": lambda value: isinstance(value, dict) and _is_text(value.get("source")),
+}
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:
     place = root / MANIFEST
-    if not root.is_dir():
-        what = "not a directory" if root.exists() else "no such directory"
-        raise ArtifactError(f"artifact {root}: {what}; expected the directory that `edgevit export` wrote")
-    if not place.is_file():
-        raise ArtifactError(
-            f"artifact {root}: it has no {MANIFEST}; expected the directory that `edgevit export` wrote"
-        )
     try:
+        if not root.is_dir():
+            what = "not a directory" if root.exists() else "no such directory"
+            raise ArtifactError(f"artifact {root}: {what}; expected the directory that `edgevit export` wrote")
+        if not place.is_file():
+            raise ArtifactError(
+                f"artifact {root}: it has no {MANIFEST}; expected the directory that `edgevit export` wrote"
+            )
         if place.stat().st_size > MAX_MANIFEST_BYTES:
             raise ArtifactError(f"{place}: larger than any manifest; export the model again")
         manifest = json.loads(place.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArtifactError(f"{place}: {_reason(error)}") from None
+        raise ArtifactError(f"artifact {root}: {_reason(error)}") from None
     except (ValueError, RecursionError):
         raise ArtifactError(f"{place}: not JSON; export the model again") from None
     if not isinstance(manifest, dict):
@@ -223,16 +269,18 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 def _check_file(root: Path, name: str, size: int, digest: str) -> None:
     """One file of the manifest, which is untrusted: it must lie inside, be a plain file and be unchanged."""
     parts = PurePosixPath(name).parts
-    place = root.joinpath(*parts)
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or place.is_symlink():
-        raise ArtifactError(f"artifact {root}: file name {name!r} leaves the directory; do not trust this artifact")
-    if not place.is_file():
-        raise ArtifactError(f"{place}: missing, the manifest lists it; export the model again")
+    steps = [root.joinpath(*parts[: i + 1]) for i in range(len(parts))]
+    leaves = not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name
     try:
+        if leaves or any(step.is_symlink() for step in steps):
+            raise ArtifactError(f"artifact {root}: file name {name!r} leaves the directory; do not trust this artifact")
+        if not steps[-1].is_file():
+            raise ArtifactError(f"{steps[-1]}: missing, the manifest lists it; export the model again")
+        place = steps[-1]
         found = place.stat().st_size
         actual = sha256_of(place) if found == size else None
     except OSError as error:
-        raise ArtifactError(f"{place}: {_reason(error)}") from None
+        raise ArtifactError(f"artifact {root}: file {name!r}: {_reason(error)}; export the model again") from None
     if actual != digest:
         came = (
             f"{found} bytes, expected {size}"

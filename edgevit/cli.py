@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not equal to the reference, 4 regressio
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.exceptions import TyperException
 
 from edgevit.errors import EdgevitError, UsageError
 
@@ -51,8 +53,11 @@ def main() -> None:
         sys.argv.remove("--debug")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no failure
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except EdgevitError as error:
         if debug:
             raise
@@ -62,6 +67,12 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of stdout went away; Python would complain about it on exit
         sys.exit(1)
+    except TyperException as error:  # the parser's: it shows the usage beside its message, on stderr
+        if "--json" in sys.argv:
+            _print_error(error.format_message(), error.exit_code)
+        if hasattr(error, "show"):
+            error.show()
+        sys.exit(error.exit_code)
     except Exception as error:  # a bug of edgevit: the user gets one line and a way to see more
         if debug:
             raise
@@ -77,14 +88,25 @@ class _Interrupted(BaseException):
 
 
 def _interrupt(number: int, frame: object) -> None:
+    for repeated in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(repeated, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning up
     raise _Interrupted(number)
 
 
 def _fail(message: str, code: int) -> None:
     if "--json" in sys.argv:
-        print(json.dumps({"error": {"message": message, "exit_code": code}}, indent=2))
-    err.print(f"edgevit: {escape(message)}", soft_wrap=True)
+        _print_error(message, code)
+    err.print(f"edgevit: {plain(message)}", soft_wrap=True)
     sys.exit(code)
+
+
+def _print_error(message: str, code: int) -> None:
+    print(json.dumps({"error": {"message": message, "exit_code": code}}, indent=2))
+
+
+def plain(text: str) -> str:
+    """Text from outside for a terminal: no markup of Rich's, no control sequence of the terminal's."""
+    return escape("".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text))
 
 
 def _emit(document: dict[str, Any] | list[Any], as_json: bool, show: Callable[[Console], None]) -> None:
@@ -103,7 +125,7 @@ def _progress() -> Iterator[Callable[[float, str], None]]:
             TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err, transient=True
         ) as bar:
             task = bar.add_task("starting", total=1.0)
-            yield lambda fraction, text: bar.update(task, completed=fraction, description=escape(text))
+            yield lambda fraction, text: bar.update(task, completed=fraction, description=plain(text))
         return
     last = ""
 
@@ -111,7 +133,7 @@ def _progress() -> Iterator[Callable[[float, str], None]]:
         nonlocal last
         step = re.sub(r"\d+", "", text)  # a counter that moves on is the same step
         if step != last:
-            err.print(escape(text), soft_wrap=True)
+            err.print(plain(text), soft_wrap=True)
             last = step
 
     yield line
@@ -139,7 +161,7 @@ def parse_batch(text: str) -> int | str:
     """
     if text == "dynamic":
         return text
-    if not (text.isascii() and text.lstrip("-").isdigit() and len(text) <= 9):
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
         raise UsageError(f"--batch {text!r}: expected a whole number of pictures, or 'dynamic'")
     return int(text)
 
@@ -200,10 +222,10 @@ def doctor(as_json: Json = False) -> None:
     def show(out: Console) -> None:
         out.print(f"edgevit {document['edgevit']}, Python {document['python']}")
         for check in document["checks"]:
-            state = "ok" if check["ok"] else escape(f"not available: {check['problem']}")
+            state = "ok" if check["ok"] else plain(f"not available: {check['problem']}")
             out.print(f"{check['kind']:8} {check['name']:10} {state}")
         for key, value in document["machine"].items():
-            out.print(escape(f"{key}: {value}"))
+            out.print(plain(f"{key}: {value}"))
 
     _emit(document, as_json, show)
     if not document["ok"]:
@@ -232,8 +254,6 @@ def export(
     """Export a model to a target, prove it equal to the reference, write the artifact."""
     from edgevit import api
 
-    if pointwise not in ("auto", "dense", "grouped"):
-        raise UsageError(f"--pointwise {pointwise!r}: expected auto, dense or grouped")
     with _progress() as progress:
         artifact = api.export_model(
             model,
@@ -245,7 +265,7 @@ def export(
             batch=parse_batch(batch),  # type: ignore[arg-type]  # the only text it returns is "dynamic"
             features_only=features_only,
             options=parse_options(option),
-            pointwise=pointwise,  # type: ignore[arg-type]  # checked above
+            pointwise=pointwise,  # type: ignore[arg-type]  # the exporter checks it
             out=out,
             force=force,
             seed=seed,
@@ -258,7 +278,7 @@ def export(
 
 
 def _show_export(out: Console, document: dict[str, Any]) -> None:
-    out.print(escape(document["artifact"]))
+    out.print(plain(document["artifact"]))
     for certificate in document["certificates"]:
         out.print(
             f"rewrite     {certificate['rewrite']}: {certificate['places']} places, operations "
@@ -269,7 +289,7 @@ def _show_export(out: Console, document: dict[str, Any]) -> None:
         out.print(f"deployed    {complexity['parameters']:,} parameters, {complexity['macs'] / 1e6:,.2f} M MACs")
     _show_weights(out, document["weights"])
     for note in document["notes"]:
-        out.print(escape(f"note        {note}"))
+        out.print(plain(f"note        {note}"))
     out.print(_parity_line(document["parity"], "reference"))
 
 
@@ -277,7 +297,7 @@ def _show_weights(out: Console, weights: dict[str, Any]) -> None:
     if weights["source"] == "random":
         out.print(f"weights     random (seed {weights['seed']}): timings hold, predictions mean nothing")
     else:
-        out.print(escape(f"weights     {weights['source']} ({weights['entry']}, sha256 {weights['sha256'][:12]}...)"))
+        out.print(plain(f"weights     {weights['source']} ({weights['entry']}, sha256 {weights['sha256'][:12]}...)"))
 
 
 def _parity_line(parity: dict[str, Any], against: str) -> str:
@@ -313,12 +333,12 @@ def run(
 
     def show(out: Console) -> None:
         for prediction in document["predictions"]:
-            table = Table(title=escape(prediction["image"]), title_justify="left", box=None)
+            table = Table(title=plain(prediction["image"]), title_justify="left", box=None)
             table.add_column("class", justify="right")
             table.add_column("label")
             table.add_column("probability", justify="right")
             for row in prediction["top"]:
-                table.add_row(str(row["class"]), escape(row["label"]), f"{row['probability']:.2%}")
+                table.add_row(str(row["class"]), plain(row["label"]), f"{row['probability']:.2%}")
             out.print(table)
         if document["random_weights"]:
             out.print("the weights are random: these predictions mean nothing")
@@ -358,12 +378,12 @@ def bench(
             table.add_column(column, justify="left" if column in ("name", "precision") else "right", no_wrap=True)
         for result in document["results"]:
             cells = [result["latency_text"][q] for q in ("p50", "p90", "p99")]
-            table.add_row(escape(result["name"]), result["effective_precision"], *cells, str(len(result["samples_ms"])))
+            table.add_row(plain(result["name"]), result["effective_precision"], *cells, str(len(result["samples_ms"])))
         out.print(table)
         for comparison in document["comparisons"]:
             names = f"{comparison['candidate']} against {comparison['baseline']}"
-            out.print(escape(f"{names}: {comparison['verdict']}"))
+            out.print(plain(f"{names}: {comparison['verdict']}"))
         for warning in document["warnings"]:
-            err.print(escape(f"warning: {warning}"), soft_wrap=True)
+            err.print(plain(f"warning: {warning}"), soft_wrap=True)
 
     _emit(document, as_json, show)

@@ -40,8 +40,8 @@ class UnknownNameError(UsageError):
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        super().__init__(f"unknown {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}")
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        super().__init__(f"unknown {kind} {name!r}; {hint}Known: {', '.join(names) or 'none'}")
 
 
 class MissingDependencyError(EdgevitError):

@@ -67,6 +67,11 @@ class ExportSpec:
     pointwise: Literal["auto", "dense", "grouped"] = "auto"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.pointwise not in ("auto", "dense", "grouped"):
+            raise UsageError(f"pointwise {self.pointwise!r}: expected auto, dense or grouped")
+        check_batch(self.batch)
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -134,7 +139,8 @@ def check_image_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 def check_batch(batch: Batch) -> Batch:
     """Return `batch` or raise UsageError."""
-    if batch != "dynamic" and not 1 <= batch <= MAX_BATCH:
+    whole = isinstance(batch, int) and not isinstance(batch, bool) and 1 <= batch <= MAX_BATCH
+    if batch != "dynamic" and not whole:
         raise UsageError(f"batch {batch}: expected a whole number from 1 to {MAX_BATCH}, or 'dynamic'")
     return batch
 

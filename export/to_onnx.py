@@ -67,7 +67,7 @@ class OnnxExporter:
 
 def choose_pointwise(model: str, wish: str) -> tuple[Literal["dense", "grouped"], str]:
     """Dense or grouped pointwise convolutions, and why: the user's wish, else the recorded measurement."""
-    if wish in ("dense", "grouped"):
+    if wish != "auto":
         return "dense" if wish == "dense" else "grouped", "asked for"
     text = resources.files(__package__ or "").joinpath("measurements.json").read_text(encoding="utf-8")
     record: dict[str, Any] | None = json.loads(text)["grouped_over_dense"].get(model)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevit.errors import UnknownNameError
+from edgevit.errors import ParityError, UnknownNameError
 from edgevit.specs import Parity
 
 Outputs = Mapping[str, NDArray[np.float32]]
@@ -27,6 +27,13 @@ def compare_outputs(expected: Outputs, actual: Outputs, precision: str, runtime:
     if precision not in LIMITS:
         raise UnknownNameError("precision", precision, LIMITS)
     max_abs_limit, cosine_limit = LIMITS[precision]
+    for name, reference in expected.items():
+        if name not in actual or actual[name].shape != reference.shape:
+            came = f"shape {actual[name].shape}" if name in actual else f"outputs {', '.join(actual) or 'none'}"
+            raise ParityError(
+                f"{runtime}: not equal to the reference: {came}, expected {name} of shape {reference.shape}; "
+                "please report the model and its options"
+            )
     differences, cosines = [], []
     for name, reference in expected.items():
         scale = 1.0 if name == "logits" else max(1.0, float(np.sqrt(np.mean(np.square(reference, dtype=np.float64)))))

@@ -29,6 +29,7 @@ class LoadedModel:
 
     module: nn.Module
     card: ModelCard
+    num_classes: int
     weights: Mapping[str, Any]
     notes: tuple[str, ...]
 
@@ -96,7 +97,7 @@ def load_model(
             randomize_(module)
     if read is None or state is None:
         record = {"source": "random", "seed": seed, "sha256": checkpoint.state_sha256(module.state_dict())}
-        return LoadedModel(module.eval(), family.CARDS[name], record, ())
+        return LoadedModel(module.eval(), family.CARDS[name], classes, record, ())
     note = None
     if features_only:
         state = {key: tensor for key, tensor in state.items() if not key.startswith(family.HEAD_PREFIXES)}
@@ -104,7 +105,7 @@ def load_model(
         state, note = checkpoint.replace_classifier(module, state, family.CLASSIFIER)
     checkpoint.load_state(module, state, where=str(weights))
     record = {"source": Path(str(weights)).name, "sha256": read.sha256, "entry": read.entry}
-    return LoadedModel(module.eval(), family.CARDS[name], record, () if note is None else (note,))
+    return LoadedModel(module.eval(), family.CARDS[name], classes, record, () if note is None else (note,))
 
 
 def _classes_of(state: Mapping[str, torch.Tensor] | None, layer: str) -> int:

@@ -148,8 +148,8 @@ def test_grouped_bottlenecks_stay_whole(shop: Any, name: str, spec: DeploySpec) 
 
 @pytest.mark.parametrize("name", ["plain", "spatial_features"])
 def test_no_budget_no_branches(shop: Any, name: str, spec: DeploySpec) -> None:
-    form = shop.prepared(branch_hidden, shop.build(name), spec)
     """Every block is one branch, and a multiplier stays one convolution."""
+    form = shop.prepared(branch_hidden, shop.build(name), spec)
     after, certificate, _ = certify(branch_hidden, form, spec)
     assert certificate is not None
     assert certificate.notes == ("hidden activations whole",)

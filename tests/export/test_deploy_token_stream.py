@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -50,19 +49,18 @@ def test_grouped_network(shop: Any, name: str, spec: DeploySpec) -> None:
 def test_matrix_products_fall(shop: Any, case: tuple[MobileFormer, DeploySpec]) -> None:
     """Every bridge's queries join the keys and values before it, or the constants; a block's hyper networks join."""
     form, spec = ready(shop, *case)
-    after, _, _ = merge_token_stream(copy.deepcopy(form), spec)
     image = shop.normal(1 if spec.batch == "dynamic" else spec.batch, 3, spec.height, spec.width)
-    products = []
-    for module in (form, after):
-        with shop.recorded() as recorder:
-            module(image)
-        products.append(recorder.count(*PRODUCTS))
+    with shop.recorded() as before:
+        form(image)
+    after, _, _ = merge_token_stream(form, spec)
+    with shop.recorded() as now:
+        after(image)
     joined = len(after.entries)  # queries of each bridge
     for block in after.blocks:
         joined += 1  # first layers of both hyper networks
         joined += block.slopes.paired  # their second layers
         joined += block.spatial  # their weighted sums over the tokens
-    assert products[0] - products[1] == joined
+    assert before.count(*PRODUCTS) - now.count(*PRODUCTS) == joined
 
 
 def test_second_layers_pair_for_one_picture_only(shop: Any, case: tuple[MobileFormer, DeploySpec]) -> None:
