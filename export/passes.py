@@ -159,7 +159,7 @@ def _replace(node: ir.Node, tape: Tape) -> None:
 CLEANUP: tuple[ir.passes.PassBase, ...] = (
     common.IdentityEliminationPass(),
     common.CommonSubexpressionEliminationPass(),
-    common.LiftConstantsToInitializersPass(),
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     GemmTranspose(),
     common.DeduplicateInitializersPass(),  # after lifting: shape constants become equal initializers
     common.RemoveUnusedNodesPass(),
@@ -185,11 +185,17 @@ def run(model: ir.Model, sequence: Sequence[ir.passes.PassBase]) -> ir.Model:
     Raises:
         ExportError: a pass failed; a bug or an unsupported graph.
     """
+    outputs = [value.name for value in model.graph.outputs]
     try:
         result: ir.Model = ir.passes.Sequential(*sequence)(model).model
     except ir.passes.PassError as error:
         cause = error.__cause__ or error
+        reason = (str(cause).strip().splitlines() or [""])[0]
         raise ExportError(
-            f"graph passes: {type(cause).__name__}: {cause}; please report the model and its options"
+            f"graph passes: {type(cause).__name__}: {reason}; please report the model and its options"
         ) from error
+    if [value.name for value in result.graph.outputs] != outputs:
+        raise ExportError(
+            f"graph passes: the outputs {outputs} lost their names; please report the model and its options"
+        )
     return result

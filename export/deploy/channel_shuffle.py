@@ -41,7 +41,7 @@ def densify_pointwise(model: nn.Module, spec: DeploySpec) -> Changed:
         elif isinstance(block, PointwiseFirst):
             for chain in (block.conv1, block.conv3):
                 dense = _dense(chain[0])
-                order = _order(chain[1], dense.out_channels)
+                order = shuffle_order(chain[1], dense.out_channels)
                 chain[0] = make_conv(dense, dense.weight[order], _bias(dense)[order])
                 del chain[1]
         elif isinstance(block, DepthwiseFirst):
@@ -58,28 +58,32 @@ def gather_shuffle(model: nn.Module, spec: DeploySpec) -> Changed:
     Given:  ChannelShuffle: reshape to (n, g, c/g, h, w), transpose, reshape back
     Result: ChannelGather: x[:, order]
     """
-    found = [
-        (m, name) for m in model.modules() for name, child in m.named_children() if isinstance(child, ChannelShuffle)
-    ]
-    for parent, name in found:
-        setattr(parent, name, ChannelGather(getattr(parent, name)))
-    return model, len(found), ()
+    places = 0
+    for chain in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+        for i, layer in enumerate(chain):
+            if isinstance(layer, ChannelShuffle):
+                before = [other for other in list(chain)[:i] if isinstance(other, nn.Conv2d)]
+                after = [other for other in list(chain)[i:] if isinstance(other, nn.Conv2d)]
+                chain[i] = ChannelGather(shuffle_order(layer, before[-1].out_channels if before else after[0].in_channels))
+                places += 1
+    return model, places, ()
 
 
 class ChannelGather(nn.Module):
-    """A channel shuffle by index; the index is made when the number of channels is known."""
+    """A channel shuffle by index: out[i] = in[order[i]]."""
 
-    def __init__(self, shuffle: ChannelShuffle) -> None:
+    order: Tensor
+
+    def __init__(self, order: Tensor) -> None:
         super().__init__()
-        self.groups = shuffle.groups
+        self.register_buffer("order", order)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> (n, c, h, w)."""
-        order = torch.arange(x.shape[1], device=x.device).view(self.groups, -1).t().reshape(-1)
-        return x.index_select(1, order)
+        return x.index_select(1, self.order)
 
 
-def _order(shuffle: nn.Module, channels: int) -> Tensor:
+def shuffle_order(shuffle: nn.Module, channels: int) -> Tensor:
     """out[i] = in[order[i]], as the shuffle does it; the identity where there is none."""
     positions = torch.arange(channels)
     if isinstance(shuffle, ChannelShuffle):
@@ -116,14 +120,14 @@ def _densify_head(head: Classifier) -> None:
 
 def _reorder_inputs(conv: nn.Conv2d, shuffle: nn.Module) -> nn.Conv2d:
     """The convolution that reads the unshuffled channels."""
-    order = _order(shuffle, conv.in_channels)
+    order = shuffle_order(shuffle, conv.in_channels)
     return make_conv(conv, conv.weight[:, torch.argsort(order)], conv.bias)
 
 
 def _unshuffle(depthwise: nn.Sequential, relu: DynamicReLU, pointwise: nn.Sequential) -> None:
     """Depthwise, shuffle, dynamic ReLU, grouped pointwise: the shuffle goes into the slopes' rows and the columns."""
     conv = _dense(pointwise[0])
-    order = _order(depthwise[1], conv.in_channels)
+    order = shuffle_order(depthwise[1], conv.in_channels)
     pointwise[0] = _reorder_inputs(conv, depthwise[1])
     del depthwise[1]
     permute_slopes(relu, torch.argsort(order))

@@ -30,7 +30,9 @@ Slopes = tuple[Tensor, Tensor]  # a1 and a2 of one branch, (n, e, 1, 1) or (n, e
 
 
 def branch_hidden(model: nn.Module, spec: DeploySpec) -> Changed:
-    """Split hidden channels into branches no wider than `spec.cache_bytes`.
+    """Split hidden channels into branches no wider than `spec.cache_bytes`, as far as a depthwise stage can be split.
+
+    It splits by whole copies of its input: one copy may still be wider than the budget.
 
     Without a budget each block is one branch and depthwise multipliers stay: the same network in the same operators,
     in the form that `merge_token_stream` takes.
@@ -53,7 +55,7 @@ def branch_hidden(model: nn.Module, spec: DeploySpec) -> Changed:
             model.features[i] = BranchedBlock(block, stage)
             places += 1
         stage, before = stage.next(), model.strides[i]
-    width = "whole" if budget is None else f"in branches of at most {spec.cache_bytes} bytes"
+    width = "whole" if budget is None else f"in branches for a budget of {spec.cache_bytes} bytes"
     return model, places, (f"hidden activations {width}",)
 
 

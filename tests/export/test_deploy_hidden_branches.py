@@ -153,6 +153,7 @@ def test_no_budget_no_branches(shop: Any, name: str, spec: DeploySpec) -> None:
     after, certificate, _ = certify(branch_hidden, form, spec)
     assert certificate is not None
     assert certificate.notes == ("hidden activations whole",)
+    assert all(len(branching.depthwise) == 1 for branching in branchings(after))
     depthwise = [m for m in after.modules() if isinstance(m, Depthwise)]
     assert depthwise
     assert all(len(m.convs) == 1 and m.tiles == 1 for m in depthwise)

@@ -262,7 +262,7 @@ def test_every_parameter_learns_and_one_step_lowers_the_loss(name: str, options:
     images, labels = image(2, 3, 64, 64), torch.arange(2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # the official recipe's optimiser and rate
     before = training_loss(model, images, labels)
-    before.backward()  # type: ignore[no-untyped-call]  # torch leaves it without hints
+    before.backward()
     idle = {key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     # The keys' bias moves a position's scores for all tokens alike, which the softmax over tokens takes out again.
     assert {key for key in idle if not key.endswith("global_local.k.bias")} == set()
