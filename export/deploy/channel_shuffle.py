@@ -64,7 +64,8 @@ def gather_shuffle(model: nn.Module, spec: DeploySpec) -> Changed:
             if isinstance(layer, ChannelShuffle):
                 before = [other for other in list(chain)[:i] if isinstance(other, nn.Conv2d)]
                 after = [other for other in list(chain)[i:] if isinstance(other, nn.Conv2d)]
-                chain[i] = ChannelGather(shuffle_order(layer, before[-1].out_channels if before else after[0].in_channels))
+                channels = before[-1].out_channels if before else after[0].in_channels
+                chain[i] = ChannelGather(shuffle_order(layer, channels))
                 places += 1
     return model, places, ()
 
