@@ -12,6 +12,7 @@ Symbols: n batch, c channels, h w height and width, t tokens, d token width, k h
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -203,7 +204,7 @@ class LiteBottleneck(nn.Module):
         return (x + out if self.residual else out), z
 
 
-class MobileFormerBlock(nn.Module):
+class MobileFormerBlock(nn.Module, ABC):
     """Bridge in, Former, Mobile sub-block steered by token 0, bridge out; subclasses supply the Mobile sub-block."""
 
     def __init__(self, c_in: int, c_out: int, width: int) -> None:
@@ -212,9 +213,9 @@ class MobileFormerBlock(nn.Module):
         self.global_block = Former(width)
         self.global_local = FormerToMobile(c_out, width)
 
+    @abstractmethod
     def mobile(self, x: Tensor, z: Tensor, scores: Tensor) -> Tensor:
         """x (n, c_in, h, w) -> (n, c_out, h', w'), with the residuals that belong to the Mobile sub-block."""
-        raise NotImplementedError("a block supplies its Mobile sub-block: use PointwiseFirst or DepthwiseFirst")
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """x (n, c_in, h, w), z (n, t, d) -> (n, c_out, h', w'), (n, t, d)."""
