@@ -235,7 +235,7 @@ def verify(path: str | Path, weights: str | Path | None = None) -> dict[str, Any
     first = {names[0]: stored}
     parity = compare_outputs(first, {names[0]: actual[names[0]]}, manifest["precision"], session.runtime.name)
     against = "sample"
-    if parity.passed and (weights is not None or manifest["weights"]["source"] == "random"):
+    if parity.passed and (weights is not None or artifact.random_weights):
         module, card = _reference(manifest, weights)
         size = tuple(manifest["image"]["size"])
         images = inputs.load_images(inputs.photographs(), card.image, (size[0], size[1]))
@@ -287,7 +287,7 @@ def predict(
     names = None if labels is None else inputs.read_labels(Path(labels), logits.shape[1])
     return {
         "artifact": str(path),
-        "random_weights": manifest["weights"]["source"] == "random",
+        "random_weights": artifact.random_weights,
         "predictions": [
             {"image": str(image), "top": top_classes(row, names, top)}
             for image, row in zip(images, logits, strict=True)

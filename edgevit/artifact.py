@@ -56,6 +56,11 @@ class Artifact:
         return self.path.name
 
     @property
+    def random_weights(self) -> bool:
+        """Whether the weights are seeded random ones; a checkpoint's record names the entry that was read."""
+        return "entry" not in self.manifest["weights"]
+
+    @property
     def image_spec(self) -> ImageSpec:
         """How a picture becomes the input of this model."""
         image = self.manifest["image"]

@@ -294,7 +294,7 @@ def _show_export(out: Console, document: dict[str, Any]) -> None:
 
 
 def _show_weights(out: Console, weights: dict[str, Any]) -> None:
-    if weights["source"] == "random":
+    if "entry" not in weights:
         out.print(f"weights     random (seed {weights['seed']}): timings hold, predictions mean nothing")
     else:
         out.print(plain(f"weights     {weights['source']} ({weights['entry']}, sha256 {weights['sha256'][:12]}...)"))

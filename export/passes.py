@@ -21,7 +21,7 @@ from edgevit.errors import ExportError
 SHORT_AXIS = 16  # entries: below it a softmax kernel spends its time on row overhead, not on exponentials
 LARGE_SOFTMAX = 4096  # elements from which five small operators beat the slow softmax (35 against 172 us at 37,632)
 BLOCK = 16  # channels in a block of ONNX Runtime's convolutions on a 512-bit machine; fewer leave lanes idle
-MANY_POSITIONS = 196  # 14x14, from which a Gemm on channel-first data beats a convolution that fills no block
+MANY_POSITIONS = 196  # 14x14, where a Gemm and the blocked convolution are even; at 7x7 the convolution wins
 
 
 class GemmTranspose(passes.InPlacePass):

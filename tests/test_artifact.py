@@ -171,6 +171,12 @@ def test_an_artifact_without_image_spec_is_refused(whole: Path) -> None:
     assert "not an edgevit manifest (image is missing" in refusal(whole)
 
 
+def test_a_checkpoint_named_random_is_not_random(whole: Path) -> None:
+    assert load_artifact(whole).random_weights
+    rewritten(whole, lambda m: m.update(weights={"source": "random", "sha256": EMPTY, "entry": "state_dict"}))
+    assert not load_artifact(whole).random_weights
+
+
 # ---- arrays
 
 
