@@ -5,6 +5,7 @@ pytest's importlib mode has no import between test files, so what several of the
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -279,3 +280,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one_thread: None) -> T
     monkeypatch.setitem(registry.FAMILIES, "tiny", (registry.Row("tiny_family"), ("tiny",)))
     monkeypatch.setitem(registry.TARGETS, "onnx", registry.Row("tiny_family", "exporter"))
     return Tiny(module, exporter, tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def fill() -> ModuleType:
+    """The module that rebuilds the golden cases' weights and images."""
+    spec = importlib.util.spec_from_file_location("golden_fill", Path(__file__).parent / "golden" / "fill.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -34,20 +33,14 @@ NODES = {
 FORBIDDEN = {"Shape", "Identity", "Dropout", "Pad", "BatchNormalization", "GatherND", "Mod", "Expand", "Where", "Cast"}
 
 
-def _fill() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module", params=CASES, ids=lambda p: p.stem)
-def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, dict, Path]:
+def golden(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, fill: ModuleType
+) -> tuple[Artifact, dict, Path]:
     """A golden network saved as its official checkpoint, exported as a user would; and the case."""
     folder, case = tmp_path_factory.mktemp(request.param.stem), json.loads(request.param.read_text())
     with np.load(request.param.with_suffix(".npz")) as arrays:
-        state = _fill().fill_state_dict(case, arrays)
+        state = fill.fill_state_dict(case, arrays)
     tensors = {key: torch.from_numpy(np.asarray(value)) for key, value in state.items()}
     torch.save({case["checkpoint_key"]: tensors, "epoch": 1}, folder / "official.pth")
     artifact = api.export_model(
@@ -65,9 +58,9 @@ def _graph(artifact: Artifact) -> onnx.GraphProto:
     return onnx.load(artifact.model_file).graph
 
 
-def test_golden_logits_in_onnxruntime(golden: tuple[Artifact, dict, Path]) -> None:
+def test_golden_logits_in_onnxruntime(golden: tuple[Artifact, dict, Path], fill: ModuleType) -> None:
     artifact, case, path = golden
-    images = _fill().make_input(case)
+    images = fill.make_input(case)
     with np.load(path.with_suffix(".npz")) as arrays:
         expected = arrays["logits"]
     with api.load(artifact.path) as session:

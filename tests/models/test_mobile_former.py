@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -107,24 +106,15 @@ def golden_cases() -> dict[str, dict[str, Any]]:
 CASES = golden_cases()
 
 
-@cache
-def fill() -> Any:
-    spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def golden(stem: str) -> tuple[MobileFormer, Tensor, NDArray[np.float32]]:
+def golden(stem: str, fill: ModuleType) -> tuple[MobileFormer, Tensor, NDArray[np.float32]]:
     """The network with the case's weights, its images, the official logits."""
     case = CASES[stem]
     with np.load(GOLDEN / f"{stem}.npz") as arrays:
-        state = {key: torch.from_numpy(value) for key, value in fill().fill_state_dict(case, arrays).items()}
+        state = {key: torch.from_numpy(value) for key, value in fill.fill_state_dict(case, arrays).items()}
         logits = arrays["logits"]
     model = build(case["model"], num_classes=logits.shape[1], **case.get("options", {}))
     model.load_state_dict(state, strict=True)
-    return model, torch.from_numpy(fill().make_input(case)), logits
+    return model, torch.from_numpy(fill.make_input(case)), logits
 
 
 def test_golden_cases_cover_groups_and_spatial_slopes() -> None:
@@ -151,8 +141,8 @@ def test_names_and_shapes_are_the_official_ones(stem: str) -> None:
     ],
     ids=["float64", "float32"],
 )
-def test_official_logits(stem: str, dtype: torch.dtype, limit: float) -> None:
-    model, images, expected = golden(stem)
+def test_official_logits(fill: ModuleType, stem: str, dtype: torch.dtype, limit: float) -> None:
+    model, images, expected = golden(stem, fill)
     with torch.no_grad():
         logits = model.to(dtype)(images.to(dtype))
     assert logits.shape == expected.shape
