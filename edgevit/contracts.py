@@ -103,4 +103,7 @@ class ModelFamily(Protocol):
         """The reference form with its official initialisation."""
 
     def filter_checkpoint(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors under this file's parameter names."""
+        """A checkpoint's tensors under this file's parameter names, without buffers that the network recomputes."""
+
+    def fit_checkpoint(self, state: dict[str, Tensor], module: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Resample what depends on the options (bias tables, position embeddings) to `module`, and what to tell."""

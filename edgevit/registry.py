@@ -31,6 +31,20 @@ FAMILIES: dict[str, tuple[Row, tuple[str, ...]]] = {
         Row("edgevit.models.mobile_former"),
         tuple(f"mobileformer_{size}" for size in ("26m", "52m", "96m", "151m", "214m", "294m", "508m")),
     ),
+    "crossformer": (
+        Row("edgevit.models.crossformer"),
+        tuple(f"crossformer{size}" for size in ("_t", "_s", "_b", "_l", "pp_s", "pp_b", "pp_l", "pp_h")),
+    ),
+    "vit_lsla": (Row("edgevit.models.vit_lsla"), ("vit_lsla", "vit_lsla_swin", "vit_lsla_r3")),
+    "swin": (Row("edgevit.models.swin"), ("swin_t", "swin_s", "swin_b")),
+    "vit": (
+        Row("edgevit.models.vit"),
+        (
+            *(f"deit_{size}" for size in ("tiny", "small", "base")),
+            *(f"deit_{size}_distilled" for size in ("tiny", "small", "base")),
+            *(f"vit_{size}" for size in ("tiny", "small", "base")),
+        ),
+    ),
 }
 
 TARGETS: dict[str, Row] = {

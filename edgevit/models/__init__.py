@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import types
 import typing
 import warnings
 from collections.abc import Mapping
@@ -20,6 +22,7 @@ from edgevit.specs import ModelCard
 
 DEFAULT_CLASSES = 1000  # ImageNet-1k, which all published checkpoints of these networks classify
 MAX_SEED = 2**63 - 1  # the largest that PyTorch's generator takes
+ADDED = ("bias_table", "scale_table", "pos_embed", "cls_token", "dist_token")  # no matrices: added or multiplied as they are
 MAX_CLASSES = 1_000_000  # more than any published vocabulary; beyond it the last layer alone would not fit in memory
 
 
@@ -103,9 +106,10 @@ def load_model(
         state = {key: tensor for key, tensor in state.items() if not key.startswith(family.HEAD_PREFIXES)}
     elif num_classes is not None:  # asked for: another number of classes is no misfit then
         state, note = checkpoint.replace_classifier(module, state, family.CLASSIFIER)
+    state, notes = family.fit_checkpoint(state, module)
     checkpoint.load_state(module, state, where=str(weights))
     record = {"source": Path(str(weights)).name, "sha256": read.sha256, "entry": read.entry}
-    return LoadedModel(module.eval(), family.CARDS[name], classes, record, () if note is None else (note,))
+    return LoadedModel(module.eval(), family.CARDS[name], classes, record, (*([note] if note else []), *notes))
 
 
 def _classes_of(state: Mapping[str, torch.Tensor] | None, layer: str) -> int:
@@ -123,21 +127,37 @@ def parse_options(kind: type[Any], model: str, given: Mapping[str, Any]) -> Any:
         UnknownNameError: the family has no such option. UsageError: a value of the wrong type.
     """
     fields = {field.name for field in dataclasses.fields(kind)}
-    types = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind)
     values = {}
     for key, value in given.items():
         if key not in fields:
             raise UnknownNameError(f"option of {model}", key, fields)
-        values[key] = _parse(types[key], key, value)
+        values[key] = _parse(hints[key], key, value)
     return kind(**values)
 
 
 def _parse(kind: Any, key: str, value: Any) -> Any:
+    """One option's value as its type: bool, int, str, a choice of texts, or a tuple of whole numbers ("7,7,7,7")."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:  # `... | None`: a default that depends on the variant
+        return None if value is None else _parse(arguments[0], key, value)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise UsageError(f"option {key}={value}: expected {' or '.join(arguments)}")
+    if origin is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, list | tuple) and len(parts) == len(arguments):
+            return tuple(_parse(int, key, part) for part in parts)
+        raise UsageError(f"option {key}={value}: expected {len(arguments)} whole numbers, e.g. {key}=7,7,7,7")
     if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if isinstance(kind, type) and isinstance(value, kind):
+    if kind is int and isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
+        return int(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise UsageError(f"option {key}={value}: expected {'true or false' if kind is bool else kind.__name__}")
+    wanted = {bool: "true or false", int: "a whole number"}.get(kind, kind.__name__)
+    raise UsageError(f"option {key}={value}: expected {wanted}")
 
 
 def randomize_(module: nn.Module) -> None:
@@ -153,6 +173,8 @@ def randomize_(module: nn.Module) -> None:
             noise = torch.randn_like(tensor)
             if name.endswith("running_var"):
                 tensor.copy_(0.5 + torch.rand_like(tensor))
+            elif name.endswith(ADDED):
+                tensor.copy_(0.5 * noise)
             elif tensor.dim() >= 2:
                 gain = 1.15 if tensor.dim() == 4 else 0.75  # convolutions are followed by rectifiers, Linears by norms
                 tensor.copy_(gain * noise / tensor[0].numel() ** 0.5)

@@ -13,9 +13,12 @@ from .batchnorm import fold_batchnorm
 from .bridges import channel_first_bridges
 from .certificate import DeploySpec, Rewrite, certify, probe
 from .channel_shuffle import densify_pointwise, gather_shuffle
+from .class_token import fold_positions, read_tokens_only
 from .dynamic_relu import clip_slopes
 from .former import masked_former
+from .grouped_attention import group_tokens
 from .hidden_branches import branch_hidden
+from .patch_merging import gather_patches
 from .token_stream import merge_token_stream
 
 __all__ = ["REWRITES", "DeploySpec", "deploy"]
@@ -28,7 +31,11 @@ REWRITES: tuple[Rewrite, ...] = (
     masked_former,
     branch_hidden,  # after densify_pointwise (no shuffle inside a bottleneck) and clip_slopes (it splits the slopes)
     gather_shuffle,  # the shuffles that densify_pointwise and branch_hidden left
-    merge_token_stream,  # last: it merges across what the others left behind
+    merge_token_stream,  # after those before it: it merges across what they left behind
+    group_tokens,  # the attention families; of the rewrites above only fold_batchnorm touches them
+    gather_patches,
+    fold_positions,
+    read_tokens_only,  # after group_tokens: it replaces a block of that form
 )
 
 

@@ -1,0 +1,60 @@
+"""What the logits of grouped attention are scaled with and what is added: constants of the weights and the map size."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from edgevit.models.layers import GroupedBlock
+
+# A bias below it is a mask: theirs are -100 and -1e6, learnt biases a few units.
+MASKED = -50.0
+# What a mask becomes. exp(-100) is a denormal number, and a MatMul that meets denormals ran eight times slower; -1e6 is
+# infinite in float16. exp(-1e4) is 0 in every type, as the networks mean it.
+MASK = -1e4
+# Bytes of float32 from which bias and mask stay two constants: a merged one is read once for each inference, and above
+# this it costs more than a second addition.
+MERGE_BYTES = 8 << 20
+
+
+class LogitBias(nn.Module):
+    """The bias of one block as constants: relative positions or the DPB's output, with shift or pad masks.
+
+    One tensor (1 or g, k, n, n), or a bias (1, k, n, n) and a mask (g, 1, n, n) where the product would be large.
+    """
+
+    bias: Tensor
+    mask: Tensor | None
+
+    def __init__(self, bias: Tensor, groups: int, *, one_picture: bool) -> None:
+        super().__init__()
+        self.groups, self.one_picture = groups, one_picture
+        masked = bias < MASKED
+        mask = None
+        if bias.shape[0] > 1 and 4 * bias.numel() > MERGE_BYTES:
+            mask = masked[:, :1].to(bias.dtype) * MASK  # the same for every head
+            bias = bias.amax(0, keepdim=True)  # the same in every group that does not mask it
+        self.register_buffer("bias", bias.masked_fill(bias < MASKED, MASK))
+        self.register_buffer("mask", mask)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """logits (b*g, k, n, n) -> the same."""
+        for term in (self.bias, self.mask):
+            if term is not None and (self.one_picture or term.shape[0] == 1):
+                logits = logits + term
+            elif term is not None:
+                logits = (logits.view(-1, self.groups, *logits.shape[1:]) + term).flatten(0, 1)
+        return logits
+
+
+def masks_pads(bias: Tensor | None, groups: Tensor) -> bool:
+    """Whether no query attends to a pad; bias (1 or g, k, n, n), groups (g, n) with -1 for a pad."""
+    if bias is None:
+        return False
+    highest = bias.amax((1, 2)).expand(groups.shape)  # of each key over heads and queries
+    return bool((highest[groups < 0] < MASKED).all())
+
+
+def folded_parameters(block: GroupedBlock) -> int:
+    """Parameters of a block's attention that become constants: bias tables, or the MLP that makes a dynamic bias."""
+    kept = {"qkv", "q", "k", "v", "proj"}
+    return sum(p.numel() for name, p in block.attn.named_parameters() if name.split(".")[0] not in kept)
