@@ -7,16 +7,20 @@ RUN := $(VENV)/bin/python -m
 MODEL := mobileformer_294m
 ARTIFACT := dist/$(MODEL)-onnx-fp32
 PHOTOGRAPH := edgevit/photos/astronaut.jpg
-MODELS := $(addprefix mobileformer_,26m 52m 96m 151m 214m 294m 508m)
+MODELS = $$($(VENV)/bin/edgevit list)
+RUNTIME := ort
 DURATION := 20
 
-.PHONY: help test lint demo bench-naive bench-pointwise constraints clean distclean
+.PHONY: help test test-slow lint demo bench-naive bench-pointwise constraints clean distclean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
 
-test: lint ## set up, then ruff, mypy and every test
-	$(RUN) pytest
+test: lint ## set up, then ruff, mypy and every test but the slow ones
+	$(RUN) pytest -m "not slow"
+
+test-slow: $(READY) ## set up, then export every large network
+	$(RUN) pytest -m slow
 
 lint: $(READY) ## set up, then ruff and mypy
 	$(RUN) ruff check
@@ -28,8 +32,10 @@ demo: $(READY) ## set up, then export a network, verify it, classify a photograp
 	$(VENV)/bin/edgevit run $(ARTIFACT) $(PHOTOGRAPH)
 	$(VENV)/bin/edgevit bench $(ARTIFACT) --threads 1
 
-bench-naive: $(READY) ## race each deploy form against the plain export of the same network
-	$(VENV)/bin/edgevit bench $(MODELS) --vs naive --threads 1 --duration $(DURATION)
+bench-naive: $(READY) ## race each deploy form against the plain export of the same network; RUNTIME=ov on OpenVINO
+	for model in $(MODELS); do \
+		$(VENV)/bin/edgevit bench $$model --vs naive --runtime $(RUNTIME) --threads 1 --duration $(DURATION) || exit 1; \
+	done
 
 bench-pointwise: $(READY) ## race the grouped against the dense form of 26M: what export/measurements.json records
 	$(VENV)/bin/edgevit export mobileformer_26m --to onnx --pointwise dense --out dist/dense --force

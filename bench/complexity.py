@@ -1,7 +1,7 @@
 """Operations, parameters and bytes, counted on the graph that is deployed or on a PyTorch module.
 
-MACs are those of Conv, Gemm and MatMul. Every other op kind is either known to hold no matrix product (PLAIN) and
-listed with its output elements, or listed as unknown: a zero is never silent.
+MACs are those of Attention, Conv, Gemm and MatMul. Every other op kind is known to hold no matrix product (PLAIN)
+and listed with its output elements, or listed as unknown: a zero is never silent.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def count_onnx(model: str | Path | onnx.ModelProto) -> Complexity:
 
     Nodes that depend on stored tensors alone are left out: a runtime folds them when it loads. So are the bodies of If,
     Loop and Scan, which are listed as unknown. Raises ArtifactError for a file that is not ONNX, ExportError for a
-    Conv, Gemm or MatMul of unknown shape or a graph whose shapes contradict each other.
+    product of unknown shape or a graph whose shapes contradict each other.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else _load(Path(model)))
@@ -175,7 +175,14 @@ def _matmul_macs(graph: _Graph, node: onnx.NodeProto) -> int:
     return graph.elements(node, node.output[0]) * graph.shape(node, node.input[0])[-1]
 
 
+def _attention_macs(graph: _Graph, node: onnx.NodeProto) -> int:
+    """Two products for each query and key: of width d for the logits, of v's width for the output."""
+    query, keys = graph.shape(node, node.input[0]), graph.shape(node, node.input[1])[-2]
+    return (math.prod(query) + graph.elements(node, node.output[0])) * keys
+
+
 COUNTERS: dict[str, Callable[[_Graph, onnx.NodeProto], int]] = {
+    "Attention": _attention_macs,
     "Conv": _conv_macs,
     "Gemm": _gemm_macs,
     "MatMul": _matmul_macs,

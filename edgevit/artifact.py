@@ -5,6 +5,9 @@
         model.onnx          or what else the target's runtime loads
         sample/input.npy    sample/output.npy: what the reference computed
 
+With several image sizes the directory ends in -HxW+HxW, there is a model file for each, and `sample/HxW/` holds the
+samples of all but the first. The manifest's own fields are the first size's, `resolutions` lists what each size has.
+
 It is written beside its final place and renamed, so that an interrupted export leaves nothing half made.
 """
 
@@ -15,12 +18,11 @@ import dataclasses
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,21 +31,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevit.contracts import Built
-from edgevit.errors import ArtifactError, OutputError
-from edgevit.specs import MAX_BATCH, ExportSpec, ImageSpec, Parity
+from edgevit.errors import ArtifactError, OutputError, UsageError
+from edgevit.manifest import BY_SIZE, MANIFEST, SAMPLE, SCHEMA_VERSION, os_reason, read_manifest
+from edgevit.specs import Complexity, ExportSpec, ImageSpec, Parity, Size, as_size, size_list, size_text
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 64 << 20  # a manifest is kilobytes; a larger file is not one and is not read
 CHUNK = 1 << 20  # bytes hashed at a time
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact on disk whose manifest and hashes have been checked."""
+    """An artifact on disk whose manifest and hashes have been checked, seen at one of its image sizes."""
 
     path: Path
     manifest: Mapping[str, Any]
+    sample_directory: str = SAMPLE
 
     @property
     def model_file(self) -> Path:
@@ -54,6 +55,36 @@ class Artifact:
     def name(self) -> str:
         """The directory's name: model, target, precision and, where it is not the default, size."""
         return self.path.name
+
+    @property
+    def image_size(self) -> Size:
+        """(height, width) of what the model file takes."""
+        height, width = self.manifest["image"]["size"]
+        return height, width
+
+    @property
+    def image_sizes(self) -> tuple[Size, ...]:
+        """Every size there is, the first one first."""
+        entries = self.manifest.get("resolutions", [{"image_size": self.image_size}])
+        return tuple((height, width) for height, width in (entry["image_size"] for entry in entries))
+
+    def at(self, size: Size) -> Artifact:
+        """The artifact seen at another of its sizes: the manifest's fields are those of (height, width).
+
+        Raises:
+            UsageError: it holds no such size.
+        """
+        size = as_size(size)
+        if size not in self.image_sizes:
+            raise UsageError(
+                f"{self.path}: image size {size_text(size)}, expected one of {size_list(self.image_sizes)}; "
+                "export the model with --image-size for another"
+            )
+        if "resolutions" not in self.manifest:
+            return self
+        entry = self.manifest["resolutions"][self.image_sizes.index(size)]
+        own = {"image": {**self.manifest["image"], "size": entry["image_size"]}, **{key: entry[key] for key in BY_SIZE}}
+        return Artifact(self.path, {**self.manifest, **own}, entry["sample"])
 
     @property
     def random_weights(self) -> bool:
@@ -67,6 +98,10 @@ class Artifact:
         size, mean, std = (tuple(image[key]) for key in ("size", "mean", "std"))
         return ImageSpec(size, mean, std, float(image["crop"]), image["interpolation"])
 
+    def sample(self, part: str) -> NDArray[np.float32]:
+        """The sample's "input", or the "output" that the reference computed for it."""
+        return self.array(f"{self.sample_directory}/{part}.npy")
+
     def array(self, name: str) -> NDArray[np.float32]:
         """A float32 array of the artifact, e.g. `sample/input.npy`; nothing that a crafted file holds is executed."""
         try:
@@ -78,32 +113,52 @@ class Artifact:
         return array
 
 
-def describe_export(spec: ExportSpec, image: ImageSpec, built: Built, parity: Parity) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Proven:
+    """One image size of an export: what was built, how far it is from the reference, what it costs, its sample."""
+
+    built: Built
+    parity: Parity
+    complexity: Complexity | None
+    sample: str
+
+    def record(self) -> dict[str, Any]:
+        """The manifest's fields that each size has: those of BY_SIZE."""
+        return {
+            "model_file": self.built.model_file,
+            "inputs": [dataclasses.asdict(tensor) for tensor in self.built.inputs],
+            "outputs": [dataclasses.asdict(tensor) for tensor in self.built.outputs],
+            "choices": dict(self.built.choices),
+            "parity": self.parity.record(),
+            "certificates": [dataclasses.asdict(certificate) for certificate in self.built.certificates],
+            "complexity": None if self.complexity is None else dataclasses.asdict(self.complexity),
+        }
+
+
+def describe_export(spec: ExportSpec, image: ImageSpec, sizes: Mapping[Size, Proven]) -> dict[str, Any]:
     """The manifest's account of one export: what was asked for, what was built, how far it is from the reference."""
+    size, first = next(iter(sizes.items()))
+    resolutions = [{"image_size": at, "sample": p.sample, **p.record()} for at, p in sizes.items()]
     return {
         "model": spec.model,
         "target": spec.target,
         "precision": spec.precision,
-        "model_file": built.model_file,
-        "inputs": [dataclasses.asdict(tensor) for tensor in built.inputs],
-        "outputs": [dataclasses.asdict(tensor) for tensor in built.outputs],
-        "image": {**dataclasses.asdict(image), "size": spec.image_size},
+        **first.record(),
+        "image": {**dataclasses.asdict(image), "size": size},
         "labels": None,
         "batch": spec.batch,
         "features_only": spec.features_only,
         "num_classes": spec.num_classes,
         "options": dict(spec.options),
-        "choices": dict(built.choices),
-        "parity": parity.record(),
-        "certificates": [dataclasses.asdict(certificate) for certificate in built.certificates],
         "calibration": None,
         "seed": spec.seed,
+        **({"resolutions": resolutions} if len(sizes) > 1 else {}),
     }
 
 
-def artifact_name(model: str, target: str, precision: str, size: tuple[int, int], default: tuple[int, int]) -> str:
-    """`mobileformer_294m-onnx-fp32`, with `-HxW` where the size (height, width) is not the model's own."""
-    suffix = "" if size == default else f"-{size[0]}x{size[1]}"
+def artifact_name(model: str, target: str, precision: str, sizes: Sequence[Size], default: Size) -> str:
+    """`mobileformer_294m-onnx-fp32`, with `-HxW` where the size is not the model's own, `-HxW+HxW` for several."""
+    suffix = "" if tuple(sizes) == (default,) else "-" + "+".join(map(size_text, sizes))
     return f"{model}-{target}-{precision}{suffix}"
 
 
@@ -127,7 +182,7 @@ def staged(out: Path, name: str, *, force: bool) -> Iterator[Path]:
         _swap(stage, final)
     except OSError as error:
         advice = "free space or choose" if error.errno == errno.ENOSPC else "choose"
-        raise OutputError(f"output directory {out}: {_reason(error)}; {advice} another with --out") from None
+        raise OutputError(f"output directory {out}: {os_reason(error)}; {advice} another with --out") from None
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
@@ -180,95 +235,10 @@ def load_artifact(path: str | Path) -> Artifact:
         ArtifactError: missing, not an artifact, from a newer edgevit, or changed since it was written.
     """
     root = Path(path)
-    manifest = _read_manifest(root)
-    version = manifest.get("schema_version")
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ArtifactError(f"{root / MANIFEST}: schema_version {version!r}, expected a number; export the model again")
-    if version > SCHEMA_VERSION:
-        raise ArtifactError(
-            f"{root / MANIFEST}: schema_version {version}, this edgevit reads up to {SCHEMA_VERSION}; update edgevit"
-        )
-    for key, check in FIELDS.items():
-        if key not in manifest or not check(manifest[key]):
-            raise _no_manifest(root, f"{key} is missing or of another kind")
-    known = [entry["name"] for entry in manifest["files"]]
-    if manifest["model_file"] not in known:
-        raise _no_manifest(root, "model_file is not among its files")
+    manifest = read_manifest(root)
     for entry in manifest["files"]:
         _check_file(root, entry["name"], entry["bytes"], entry["sha256"])
     return Artifact(root, manifest)
-
-
-def _no_manifest(root: Path, why: str) -> ArtifactError:
-    return ArtifactError(f"{root / MANIFEST}: not an edgevit manifest ({why}); export the model again")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_file_list(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(f, dict) and _is_text(f.get("name")) and _is_count(f.get("bytes")) and _is_text(f.get("sha256"))
-        for f in value
-    )
-
-
-def _is_image(value: Any) -> bool:
-    if not isinstance(value, dict) or value.get("interpolation") not in ("bilinear", "bicubic"):
-        return False
-    lengths = {"size": 2, "mean": 3, "std": 3}
-    if any(not isinstance(value.get(key), list) or len(value[key]) != n for key, n in lengths.items()):
-        return False
-    numbers = [*value["mean"], *value["std"], value.get("crop")]
-    return all(_is_number(v) for v in numbers) and all(_is_count(v) for v in value["size"])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-# What the readers of a manifest rely on. It is untrusted input: each field is checked once, here.
-FIELDS: dict[str, Callable[[Any], bool]] = {
-    "model": _is_text,
-    "target": _is_text,
-    "precision": _is_text,
-    "model_file": _is_text,
-    "files": _is_file_list,
-    "image": _is_image,
-    "batch": lambda value: value == "dynamic" or (_is_count(value) and 1 <= value <= MAX_BATCH),
-    "seed": _is_count,
-    "num_classes": lambda value: value is None or (_is_count(value) and value > 0),
-    "features_only": lambda value: isinstance(value, bool),
-    "options": lambda value: isinstance(value, dict),
-    "weights": lambda value: isinstance(value, dict) and _is_text(value.get("source")),
-}
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
-    place = root / MANIFEST
-    try:
-        if not root.is_dir():
-            what = "not a directory" if root.exists() else "no such directory"
-            raise ArtifactError(f"artifact {root}: {what}; expected the directory that `edgevit export` wrote")
-        if not place.is_file():
-            raise ArtifactError(
-                f"artifact {root}: it has no {MANIFEST}; expected the directory that `edgevit export` wrote"
-            )
-        if place.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ArtifactError(f"{place}: larger than any manifest; export the model again")
-        manifest = json.loads(place.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"artifact {root}: {_reason(error)}") from None
-    except (ValueError, RecursionError):
-        raise ArtifactError(f"{place}: not JSON; export the model again") from None
-    if not isinstance(manifest, dict):
-        raise ArtifactError(f"{place}: a JSON object was expected; export the model again")
-    return manifest
 
 
 def _check_file(root: Path, name: str, size: int, digest: str) -> None:
@@ -285,7 +255,7 @@ def _check_file(root: Path, name: str, size: int, digest: str) -> None:
         found = place.stat().st_size
         actual = sha256_of(place) if found == size else None
     except OSError as error:
-        raise ArtifactError(f"artifact {root}: file {name!r}: {_reason(error)}; export the model again") from None
+        raise ArtifactError(f"artifact {root}: file {name!r}: {os_reason(error)}; export the model again") from None
     if actual != digest:
         came = (
             f"{found} bytes, expected {size}"
@@ -308,9 +278,3 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
-        return "no space left on the device"
-    return error.strerror or str(error)

@@ -23,7 +23,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from typer.exceptions import TyperException
 
+from edgevit.arguments import parse_batch, parse_options, parse_size, parse_sizes
 from edgevit.errors import EdgevitError, UsageError
+from edgevit.specs import size_text
 
 app = typer.Typer(
     name="edgevit",
@@ -41,6 +43,14 @@ Options = Annotated[
     list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="What the family takes beside.")
 ]
 Size = Annotated[str | None, typer.Option("--image-size", metavar="HxW", help="Height x width in pixels.")]
+Sizes = Annotated[
+    str | None,
+    typer.Option("--image-size", metavar="HxW[,HxW]...", help="Height x width in pixels; several share one artifact."),
+]
+Which = Annotated[
+    str | None,
+    typer.Option("--image-size", metavar="HxW", help="Of an artifact with several sizes; default: the first."),
+]
 Weights = Annotated[Path | None, typer.Option(help="Official .pth, bare state_dict or .safetensors.")]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that `edgevit export` wrote.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads inside an operator; default: all cores.")]
@@ -139,45 +149,6 @@ def _progress() -> Iterator[Callable[[float, str], None]]:
     yield line
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """Read "256x320" as (256, 320).
-
-    Raises:
-        UsageError: anything else.
-    """
-    if text is None:
-        return None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) <= 6 for part in parts):
-        raise UsageError(f"--image-size {text!r}: expected HEIGHTxWIDTH in pixels, e.g. 224x224")
-    return int(parts[0]), int(parts[1])
-
-
-def parse_batch(text: str) -> int | str:
-    """Read "4" as 4; "dynamic" stays.
-
-    Raises:
-        UsageError: anything else.
-    """
-    if text == "dynamic":
-        return text
-    if not re.fullmatch(r"-?[0-9]{1,9}", text):
-        raise UsageError(f"--batch {text!r}: expected a whole number of pictures, or 'dynamic'")
-    return int(text)
-
-
-def parse_options(pairs: list[str] | None) -> dict[str, str]:
-    """["a=b"] -> {"a": "b"}.
-
-    Raises:
-        UsageError: a pair without "=".
-    """
-    for pair in pairs or []:
-        if "=" not in pair:
-            raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. spatial_dynamic_relu=true")
-    return dict(pair.split("=", 1) for pair in pairs or [])
-
-
 @app.command("list", epilog="Example: edgevit list --family mobile_former")
 def list_command(
     pattern: Annotated[str, typer.Argument(help="Shell pattern.")] = "*",
@@ -193,23 +164,34 @@ def list_command(
 
 @app.command(epilog="Example: edgevit info mobileformer_294m --image-size 256x320")
 def info(model: str, image_size: Size = None, option: Options = None, as_json: Json = False) -> None:
-    """Parameters, MACs, the paper's figures and the options of a model."""
+    """Parameters, MACs and FLOPs beside the paper's figures, options and notes of a model."""
     from edgevit import api
 
     document = api.info(model, parse_size(image_size), parse_options(option))
+    _emit(document, as_json, lambda out: _show_info(out, document))
 
-    def show(out: Console) -> None:
-        height, width = document["image_size"]
-        out.print(f"{document['model']}  {document['title']}\n{document['url']}  {document['origin']}")
-        out.print(f"parameters  {document['parameters']:,}")
-        out.print(f"MACs        {document['macs'] / 1e6:,.2f} M at {height}x{width}")
-        out.print(f"FLOPs       {document['flops'] / 1e6:,.2f} M (2 x MACs)")
-        out.print("paper       " + ", ".join(f"{key} {value}" for key, value in document["paper"].items()))
-        out.print("options     " + ", ".join(f"{key}={value}" for key, value in document["options"].items()))
-        for note in document["notes"]:
-            out.print(f"note        {note}")
 
-    _emit(document, as_json, show)
+def _show_info(out: Console, document: dict[str, Any]) -> None:
+    paper, gaps = dict(document["paper"]), document["gaps"]
+    flops = f"{paper.pop('flops')} multiply-adds" if "flops" in paper else ""  # papers call them FLOPs
+    rows = (
+        ("parameters", f"{document['parameters']:,}", str(paper.pop("parameters", "")), gaps["parameters"]),
+        ("MACs", f"{document['macs'] / 1e6:,.2f} M at {size_text(document['image_size'])}", flops, gaps["macs"]),
+        ("FLOPs", f"{document['flops'] / 1e6:,.2f} M (2 x MACs)", "", None),
+    )
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "counted", "paper", "gap"):
+        table.add_column(column)
+    for label, counted, printed, gap in rows:
+        missing = "n/a (of another size or options)" if printed else ""
+        table.add_row(label, counted, printed, missing if gap is None else f"{gap:+.1f} %")
+    out.print(f"{document['model']}  {document['title']}\n{document['url']}  {document['origin']}")
+    out.print(table)
+    if paper:
+        out.print("paper       " + ", ".join(f"{key} {value}" for key, value in paper.items()))
+    out.print(plain("options     " + ", ".join(f"{key}={value}" for key, value in document["options"].items())))
+    for note in document["notes"]:
+        out.print(plain(f"note        {note}"))
 
 
 @app.command(epilog="Example: edgevit doctor --json")
@@ -232,7 +214,9 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: edgevit export mobileformer_294m --to onnx --weights mobile-former-294m.pth")
+@app.command(
+    epilog="Example: edgevit export crossformer_s --to onnx --weights official.pth --image-size 224x224,448x448"
+)
 def export(
     model: str,
     to: Annotated[str, typer.Option("--to", metavar="TARGET", help="Target, e.g. onnx.")],
@@ -241,7 +225,7 @@ def export(
     num_classes: Annotated[
         int | None, typer.Option(help="Classes of the last layer; default: the checkpoint's.")
     ] = None,
-    image_size: Size = None,
+    image_size: Sizes = None,
     batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Pictures an inference takes.")] = "1",
     features_only: Annotated[bool, typer.Option(help="Export the backbone's maps instead of logits.")] = False,
     option: Options = None,
@@ -261,7 +245,7 @@ def export(
             weights=weights,
             num_classes=num_classes,
             precision=precision,
-            image_size=parse_size(image_size),
+            image_size=parse_sizes(image_size),
             batch=parse_batch(batch),  # type: ignore[arg-type]  # the only text it returns is "dynamic"
             features_only=features_only,
             options=parse_options(option),
@@ -272,25 +256,33 @@ def export(
             command=shlex.join(["edgevit", *sys.argv[1:]]),
             progress=progress,
         )
-    kept = ("parity", "certificates", "files", "weights", "notes", "complexity", "choices")
-    document = {"artifact": str(artifact.path)} | {key: artifact.manifest[key] for key in kept}
+    kept = ("parity", "certificates", "files", "weights", "notes", "complexity", "choices", "resolutions")
+    known = {key: artifact.manifest[key] for key in kept if key in artifact.manifest}
+    document = {"artifact": str(artifact.path), **known}
     _emit(document, as_json, lambda console: _show_export(console, document))
 
 
 def _show_export(out: Console, document: dict[str, Any]) -> None:
     out.print(plain(document["artifact"]))
-    for certificate in document["certificates"]:
-        out.print(
-            f"rewrite     {certificate['rewrite']}: {certificate['places']} places, operations "
-            f"{certificate['operations_before']} -> {certificate['operations_after']}, "
-            f"difference {certificate['max_rel']:.0e} (float64)"
-        )
-    if complexity := document["complexity"]:
-        out.print(f"deployed    {complexity['parameters']:,} parameters, {complexity['macs'] / 1e6:,.2f} M MACs")
+    sizes = document.get("resolutions", [document])
+    for size in sizes:
+        if len(sizes) > 1:
+            out.print(plain(f"image size  {size_text(size['image_size'])}: {size['model_file']}"))
+        for certificate in size["certificates"]:
+            out.print(
+                f"rewrite     {certificate['rewrite']}: {certificate['places']} places, operations "
+                f"{certificate['operations_before']} -> {certificate['operations_after']}, "
+                f"difference {certificate['max_rel']:.0e} (float64)"
+            )
+        if complexity := size["complexity"]:
+            out.print(f"deployed    {complexity['parameters']:,} parameters, {complexity['macs'] / 1e6:,.2f} M MACs")
+        if len(sizes) > 1:
+            out.print(_parity_line(size["parity"], "reference"))
     _show_weights(out, document["weights"])
     for note in document["notes"]:
         out.print(plain(f"note        {note}"))
-    out.print(_parity_line(document["parity"], "reference"))
+    if len(sizes) == 1:
+        out.print(_parity_line(document["parity"], "reference"))
 
 
 def _show_weights(out: Console, weights: dict[str, Any]) -> None:
@@ -315,7 +307,13 @@ def verify(artifact: ArtifactPath, weights: Weights = None, as_json: Json = Fals
     from edgevit import api
 
     document = api.verify(artifact, weights)
-    _emit(document, as_json, lambda out: out.print(_parity_line(document["parity"], document["against"])))
+
+    def show(out: Console) -> None:
+        for size in document.get("resolutions", [document]):
+            at = f" at {size_text(size['image_size'])}" if "image_size" in size else ""
+            out.print(_parity_line(size["parity"], document["against"] + at))
+
+    _emit(document, as_json, show)
 
 
 @app.command(epilog="Example: edgevit run dist/mobileformer_294m-onnx-fp32 photo.jpg --labels imagenet.txt")
@@ -324,12 +322,13 @@ def run(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures.")],
     labels: Annotated[Path | None, typer.Option(help="A text file with one class name a line, or JSON.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show.")] = 5,
+    image_size: Which = None,
     as_json: Json = False,
 ) -> None:
     """Classify pictures."""
     from edgevit import api
 
-    document = api.predict(artifact, images, labels, top)
+    document = api.predict(artifact, images, labels, top, parse_size(image_size))
 
     def show(out: Console) -> None:
         for prediction in document["predictions"]:
@@ -349,10 +348,12 @@ def run(
 @app.command(epilog="Example: edgevit bench mobileformer_26m --vs naive --threads 1 --duration 20")
 def bench(
     items: Annotated[list[str], typer.Argument(metavar="ARTIFACT|MODEL...", help="Raced against each other.")],
+    image_size: Which = None,
     threads: Threads = None,
     duration: Annotated[float, typer.Option(help="Seconds for each contestant.")] = 5.0,
     loads: Annotated[int, typer.Option(min=1, help="How often each is loaded afresh; one load may be luckier.")] = 3,
     vs: Annotated[str | None, typer.Option(help="naive: race each against PyTorch's own export.")] = None,
+    runtime: Annotated[str | None, typer.Option(help="Another runtime than the target's own: ov for OpenVINO.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of turns and the bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -364,10 +365,12 @@ def bench(
     with _progress() as progress:
         document = api.benchmark(
             items,
+            image_size=parse_size(image_size),
             threads=threads,
             duration_s=duration,
             loads=loads,
             vs="naive" if vs else None,
+            runtime=runtime,
             seed=seed,
             progress=progress,
         )

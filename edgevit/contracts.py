@@ -54,7 +54,7 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Built:
-    """What an exporter left in a directory: the file that the runtime loads, its signature, how it came about.
+    """What an exporter made for one image size: the file that the runtime loads, its signature, how it came about.
 
     `onnx_file` is the graph on which complexity is counted, where the target has one.
     """
@@ -72,14 +72,23 @@ class Exporter(Protocol):
 
     `runtime` names the registered runtime that can run them here; `precisions` lists what `ExportSpec.precision` may
     be. `export` writes only below `directory` and raises ExportError; it does not change `model`.
+
+    Several image sizes come in one call, because how files share weights is the target's affair: graphs beside a common
+    weight file (ONNX), one package that holds every shape (CoreML), or nothing in common (a TensorRT engine). Each size
+    is a whole of its own in what is returned, and may name files that another one names too.
     """
 
     name: str
     runtime: str
     precisions: tuple[str, ...]
 
-    def export(self, model: nn.Module, card: ModelCard, spec: ExportSpec, directory: Path) -> Built:
-        """Write the files for one model and input shape into an existing empty directory."""
+    def export(
+        self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
+    ) -> tuple[Built, ...]:
+        """Write the files for one model into an existing empty directory; one `Built` for each spec, in their order.
+
+        There is at least one spec; they differ in `image_size` alone.
+        """
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
         """Write what the target's own exporter makes of the same reference form: the baseline of `bench --vs naive`."""

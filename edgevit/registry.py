@@ -17,13 +17,19 @@ from edgevit.errors import MissingDependencyError, UnknownNameError
 
 @dataclass(frozen=True)
 class Row:
-    """Where a thing lives: `module:attribute`, the packages it imports, and what to type if they are missing."""
+    """Where a thing lives: `module:attribute`, the packages it imports, the extra that installs them, if it is one."""
 
     module: str
     attribute: str = ""
     packages: tuple[str, ...] = ()
-    install: str = "pip install edgevit"
+    extra: str = ""
     for_tests: bool = False
+    loads: tuple[str, ...] = ()  # of a runtime: endings of the model files that it takes
+
+    @property
+    def install(self) -> str:
+        """What to type if a package is missing."""
+        return f"pip install 'edgevit[{self.extra}]'" if self.extra else "pip install edgevit"
 
 
 FAMILIES: dict[str, tuple[Row, tuple[str, ...]]] = {
@@ -52,7 +58,8 @@ TARGETS: dict[str, Row] = {
 }
 
 RUNTIMES: dict[str, Row] = {
-    "ort": Row("edgevit.runtimes.ort", "OrtRuntime", ("onnxruntime",)),
+    "ort": Row("edgevit.runtimes.ort", "OrtRuntime", ("onnxruntime",), loads=(".onnx",)),
+    "ov": Row("edgevit.runtimes.ov", "OvRuntime", ("openvino",), extra="openvino", loads=(".onnx", ".xml")),
     "torch": Row("edgevit.runtimes.torch_eager", "TorchRuntime", ("torch",)),
     "fake": Row("edgevit.runtimes.fake", "FakeRuntime", for_tests=True),
 }
@@ -93,8 +100,13 @@ def runtime_class(name: str) -> type[Runtime]:
     return cast(type[Runtime], _load("runtime", name, RUNTIMES))
 
 
+def runtimes_for(model_file: str) -> list[str]:
+    """The runtimes that take a model file of this name."""
+    return [name for name, row in RUNTIMES.items() if model_file.endswith(row.loads)]
+
+
 def check_all() -> list[dict[str, Any]]:
-    """Whether each target and runtime can be imported here, and what is in the way."""
+    """Whether each target and runtime can be imported here, and what is in the way; `optional` ones need an extra."""
     checks = []
     for kind, rows in (("target", TARGETS), ("runtime", RUNTIMES)):
         for name in (name for name, row in rows.items() if not row.for_tests):
@@ -103,7 +115,8 @@ def check_all() -> list[dict[str, Any]]:
                 problem = None
             except Exception as error:  # a broken package may raise anything on import
                 problem = (str(error).splitlines() or [repr(error)])[0]
-            checks.append({"kind": kind, "name": name, "ok": problem is None, "problem": problem})
+            optional = bool(rows[name].extra)
+            checks.append({"kind": kind, "name": name, "ok": problem is None, "optional": optional, "problem": problem})
     return checks
 
 

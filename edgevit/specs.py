@@ -5,6 +5,8 @@ Units stand in the names (`latency_ms`, `size_bytes`). Every record turns into J
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,8 +14,10 @@ from edgevit.errors import UsageError
 
 MAX_SIDE = 4096  # pixels; a larger picture is a typing error long before it is a wish
 MAX_BATCH = 1024  # pictures; beyond it the input alone is more than 600 MB at 224x224
+MAX_SIZES = 16  # in one artifact: their list is part of its directory's name, which may have 255 bytes
 
 Batch = int | Literal["dynamic"]
+Size = tuple[int, int]  # (height, width) in pixels
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,9 @@ class Certificate:
     notes: tuple[str, ...] = ()
 
 
-def check_image_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Return `size` (height, width) or raise UsageError naming the nearest legal one."""
+def check_image_size(size: Size, multiple: int) -> Size:
+    """Return `size` as two whole numbers, or raise UsageError, where it can naming the nearest legal size."""
+    size = as_size(size)
     if any(side <= 0 or side > MAX_SIDE or side % multiple for side in size):
         near = tuple(min(max(round(side / multiple), 1), MAX_SIDE // multiple) * multiple for side in size)
         raise UsageError(
@@ -135,6 +140,46 @@ def check_image_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
             f"between {multiple} and {MAX_SIDE}; try {near[0]}x{near[1]}"
         )
     return size
+
+
+def check_image_sizes(wish: Size | Sequence[Size] | None, own: Size, multiple: int) -> tuple[Size, ...]:
+    """The sizes that `wish` (one, a sequence, or None for the model's own) asks for, or raise UsageError."""
+    if wish is None:
+        return (own,)
+    several = isinstance(wish, Sequence) and len(wish) > 0 and all(isinstance(size, list | tuple) for size in wish)
+    pairs: Sequence[Any] = wish if several else (wish,)
+    sizes = [check_image_size(pair, multiple) for pair in pairs]
+    twice = next((size for size in sizes if sizes.count(size) > 1), None)
+    if twice is not None:
+        raise UsageError(f"image sizes {size_list(sizes)}: {size_text(twice)} is given twice; give each size once")
+    if len(sizes) > MAX_SIZES:
+        raise UsageError(
+            f"image sizes: {len(sizes)} of them, at most {MAX_SIZES} share an artifact; export the rest alone"
+        )
+    return tuple(sizes)
+
+
+def as_size(size: Any) -> Size:
+    """(height, width) as ints, also from a list or NumPy's numbers; anything else raises UsageError."""
+    try:
+        height, width = (operator.index(side) for side in size)
+    except (TypeError, ValueError):
+        numbers = isinstance(size, list | tuple) and size and all(isinstance(side, int | float) for side in size)
+        shown = size_text(size) if numbers else repr(size)
+        raise UsageError(
+            f"image size {shown}: expected (height, width) in whole pixels, e.g. (224, 224), or a sequence of these"
+        ) from None
+    return height, width
+
+
+def size_text(size: Iterable[Any]) -> str:
+    """(256, 320) -> "256x320"."""
+    return "x".join(map(str, size))
+
+
+def size_list(sizes: Iterable[Iterable[Any]]) -> str:
+    """[(224, 224), (256, 320)] -> "224x224,256x320", as the command line takes them."""
+    return ",".join(map(size_text, sizes))
 
 
 def check_batch(batch: Batch) -> Batch:

@@ -1,4 +1,7 @@
-"""The ONNX target: one `model.onnx`, weights inside, in the form that ONNX Runtime's CPU kernels run fast."""
+"""The ONNX target: one `model.onnx`, weights inside, in the form that ONNX Runtime's CPU kernels run fast.
+
+Several sizes share one weight file.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -14,21 +17,22 @@ from typing import Any, Literal
 import onnx_ir as ir
 import torch
 from torch import nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 
 from edgevit.contracts import Built
 from edgevit.errors import ExportError
-from edgevit.specs import ExportSpec, ModelCard, TensorSpec
+from edgevit.specs import MAX_BATCH, ExportSpec, ModelCard, TensorSpec, size_text
 
 from . import passes
 from .capture import capture, example_image, quiet, single_thread
 from .deploy import DeploySpec, deploy
+from .shared_weights import SharedWeights
 
 OPSET = 20  # LayerNormalization (17) and Gelu (20) stay one operator each; every current runtime reads it
 # Of hidden activations in a branch: 508M was fastest of 400, 640, 1000 and 1300 KiB, 294M much the same at 450 and 700.
 CACHE_BYTES = 640 << 10
 EXTERNAL_BYTES = 1_500_000_000  # protobuf stops at 2 GB; beyond this the weights go beside the graph
-MODEL_FILE = "model.onnx"
+MODEL_FILE, WEIGHTS_FILE = "model.onnx", "weights.bin"
 
 
 class OnnxExporter:
@@ -38,32 +42,50 @@ class OnnxExporter:
     runtime = "ort"
     precisions = ("fp32",)
 
-    def export(self, model: nn.Module, card: ModelCard, spec: ExportSpec, directory: Path) -> Built:
-        """Write `model.onnx` into `directory`."""
-        size = spec.image_size or card.image.size
-        pointwise, why = choose_pointwise(card.name, spec.pointwise)
-        shape = DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=CACHE_BYTES)
+    def export(
+        self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
+    ) -> tuple[Built, ...]:
+        """Write `model.onnx`, weights inside; for several sizes `model-HxW.onnx` each and `weights.bin` for all."""
         with single_thread():
-            form, certificates = deploy(model, shape)
-            program = capture(form, spec.batch, size)
-            graph = to_graph(program, output_names(model, spec))
-        graph = passes.run(graph, (*passes.CLEANUP, *passes.CPU_KERNELS, *passes.FINISH))
-        save(graph, directory / MODEL_FILE)
-        inputs, outputs = ([_signature(value) for value in side] for side in (graph.graph.inputs, graph.graph.outputs))
-        return Built(
-            MODEL_FILE,
-            MODEL_FILE,
-            tuple(inputs),
-            tuple(outputs),
-            tuple(certificates),
-            {"pointwise": pointwise, "why": why},
-        )
+            outputs = output_names(model, specs[0])
+        if len(specs) == 1:
+            graph, built = _build(model, card, specs[0], outputs, MODEL_FILE)
+            save(graph, directory / MODEL_FILE)
+            return (built,)
+        pool, made = SharedWeights(), []
+        for spec in specs:
+            name = f"model-{size_text(spec.image_size or card.image.size)}.onnx"
+            graph, built = _build(model, card, spec, outputs, name)
+            pool.take(graph)
+            made.append((graph, built))
+        pool.write(directory, WEIGHTS_FILE)
+        for graph, built in made:
+            ir.save(graph, directory / built.model_file)
+        return tuple(built for _, built in made)
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
         """`torch.onnx.export(dynamo=True)` of the reference form, nothing else: what a user gets without edgevit."""
         image = example_image(spec.batch, spec.image_size or card.image.size)
+        shapes = ({0: Dim("batch", min=1, max=MAX_BATCH)},) if spec.batch == "dynamic" else None
         with quiet(), _silent_streams(), torch.no_grad():
-            torch.onnx.export(model.eval(), (image,), path, dynamo=True, external_data=False, verbose=False)
+            torch.onnx.export(
+                model.eval(), (image,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
+            )
+
+
+def _build(
+    model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], name: str
+) -> tuple[ir.Model, Built]:
+    """The graph for one size, and what there is to say of it once it is saved as `name`."""
+    size = spec.image_size or card.image.size
+    pointwise, why = choose_pointwise(card.name, spec.pointwise)
+    shape = DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=CACHE_BYTES)
+    with single_thread():
+        form, certificates = deploy(model, shape)
+        graph = to_graph(capture(form, spec.batch, size), outputs)
+    graph = passes.run(graph, (*passes.CLEANUP, *passes.CPU_KERNELS, *passes.FINISH))
+    inputs, outs = (tuple(_signature(value) for value in side) for side in (graph.graph.inputs, graph.graph.outputs))
+    return graph, Built(name, name, inputs, outs, tuple(certificates), {"pointwise": pointwise, "why": why})
 
 
 def choose_pointwise(model: str, wish: str) -> tuple[Literal["dense", "grouped"], str]:

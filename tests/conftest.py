@@ -176,7 +176,8 @@ def tiny_family() -> ModuleType:
         )
     }
     module.OPTIONS, module.CLASSIFIER, module.HEAD_PREFIXES = TinyOptions, "head", ("head.",)
-    module.build, module.filter_checkpoint, module.built = build, lambda state: state, []
+    module.build, module.built = build, []
+    module.filter_checkpoint, module.fit_checkpoint = lambda state: state, lambda state, module: (state, ())
     return module  # type: ignore[no-any-return]  # it is a ModuleType
 
 
@@ -190,20 +191,24 @@ class TinyExporter:
         self.change: Callable[[Any], None] = lambda model: None
         self.naive: list[Any] = []  # the modules of which the plain export was wanted
 
-    def export(self, model: Any, card: Any, spec: Any, directory: Path) -> Any:  # noqa: ARG002  # the contract's signature
+    def export(self, model: Any, card: Any, specs: Any, directory: Path) -> Any:  # noqa: ARG002  # the contract's signature
+        self.before(directory)
+        return tuple(self.export_one(model, spec, len(specs) == 1, directory) for spec in specs)
+
+    def export_one(self, model: Any, spec: Any, alone: bool, directory: Path) -> Any:
         import onnx
 
         from edgevit.contracts import Built
-        from edgevit.specs import Certificate, TensorSpec
+        from edgevit.specs import Certificate, TensorSpec, size_text
 
-        self.before(directory)
+        name = "model.onnx" if alone else f"model-{size_text(spec.image_size)}.onnx"
         proto = tiny_onnx(model, spec)
         self.change(proto)
-        onnx.save(proto, directory / "model.onnx")
+        onnx.save(proto, directory / name)
         signature = TensorSpec("image", (spec.batch, 3, *spec.image_size), layout="NCHW")
         outputs = tuple(TensorSpec(value.name, ()) for value in proto.graph.output)
         certificate = Certificate("nothing", 1, 0.0, 16, 16, 4, 4, input_independent=True)
-        return Built("model.onnx", "model.onnx", (signature,), outputs, (certificate,), {"pointwise": spec.pointwise})
+        return Built(name, name, (signature,), outputs, (certificate,), {"pointwise": spec.pointwise})
 
     def export_naive(self, model: Any, card: Any, spec: Any, path: Path) -> None:  # noqa: ARG002  # the contract's signature
         import onnx

@@ -1,4 +1,4 @@
-"""The verbs as functions, over a tiny network: export proves, verify checks again, predict and bench trust neither.
+"""Export, verify, predict and bench over a tiny network: export proves, verify checks again, the others trust neither.
 
 Its exports take milliseconds, so that every way an export can go wrong is one test.
 """
@@ -8,11 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import edgevit
-from edgevit import api, inputs, registry
-from edgevit.artifact import MANIFEST, load_artifact, write_manifest
+from edgevit import api, inputs
+from edgevit.artifact import load_artifact, write_manifest
 from edgevit.errors import (
     ArtifactError,
     CheckpointError,
@@ -35,6 +33,7 @@ from edgevit.errors import (
     UnknownNameError,
     UsageError,
 )
+from edgevit.manifest import MANIFEST
 
 NAME = "tiny-onnx-fp32"
 QUICK: dict[str, Any] = {"duration_s": 0.02, "loads": 1, "threads": 1}
@@ -92,40 +91,6 @@ def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     (path / MANIFEST).unlink()
     write_manifest(path, {key: value for key, value in document.items() if key != "files"})
     return path
-
-
-# ---- list, info
-
-
-def test_models_are_listed_by_pattern_and_family(tiny: Any) -> None:  # noqa: ARG001  # registers `tiny`
-    assert api.list_models("mobileformer_?6m") == ["mobileformer_26m", "mobileformer_96m"]
-    assert api.list_models(family="tiny") == ["tiny"]
-    assert api.list_models("t*", "mobile_former") == []
-    assert len(api.list_models()) == 8
-
-
-def test_an_unknown_family_says_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match="unknown family 'mobileformer'; did you mean 'mobile_former'"):
-        api.list_models(family="mobileformer")
-
-
-def test_info_counts_exactly_and_scales_with_the_picture(tiny: Any) -> None:  # noqa: ARG001  # registers `tiny`
-    small, large = api.info("tiny"), api.info("tiny", (64, 128))
-    assert (small["image_size"], large["image_size"]) == ([64, 64], [64, 128])
-    assert small["parameters"] == large["parameters"] == 16 + 5000
-    assert small["macs"] == 3 * 4 * 64 * 64 + 4000
-    assert large["macs"] == 2 * 3 * 4 * 64 * 64 + 4000
-    assert (small["flops"], large["flops"]) == (2 * small["macs"], 2 * large["macs"])
-    assert small["options"] == {"double": False}
-    json.dumps(small, allow_nan=False)
-
-
-@pytest.mark.parametrize("size", [(64, 100), (0, 64), (-64, 64), (64, 8192), (1, 1)])
-def test_an_impossible_size_says_the_nearest_one_that_works(tiny: Any, size: tuple[int, int]) -> None:  # noqa: ARG001  # registers `tiny`
-    with pytest.raises(UsageError) as caught:
-        api.info("tiny", size)
-    near = str(caught.value).rpartition("; try ")[2].split("x")
-    api.info("tiny", (int(near[0]), int(near[1])))
 
 
 # ---- export
@@ -270,7 +235,7 @@ def test_a_model_that_is_not_the_reference_is_no_artifact(tiny: Any, spoil: Call
 def test_a_failing_parity_says_how_far_off_it_is(tiny: Any) -> None:
     tiny.exporter.change = biased
     with pytest.raises(
-        ParityError, match=r"^tiny on ort: not equal to the reference: max abs 1\.00e-02 \(limit 1e-03\)"
+        ParityError, match=r"^tiny at 64x64 on ort: not equal to the reference: max abs 1\.00e-02 \(limit 1e-03\)"
     ):
         tiny.export()
 
@@ -606,6 +571,22 @@ def test_the_naive_export_has_as_many_classes_as_the_artifact(tiny: Any, tmp_pat
     assert [module.head.out_features for module in tiny.exporter.naive] == [7]
 
 
+@pytest.mark.parametrize(("batch", "first"), [(2, 2), ("dynamic", "batch")])
+def test_the_naive_export_has_the_batch_of_the_artifact(tiny: Any, tmp_path: Path, batch: Any, first: Any) -> None:
+    import onnxruntime
+
+    from edgevit.export.to_onnx import OnnxExporter
+    from edgevit.models import load_model
+    from edgevit.specs import ExportSpec
+
+    loaded = load_model("tiny", num_classes=10)
+    spec = ExportSpec("tiny", "onnx", image_size=(32, 64), batch=batch)
+    OnnxExporter().export_naive(loaded.module, loaded.card, spec, tmp_path / "naive.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "naive.onnx")
+    assert session.get_inputs()[0].shape == [first, 3, 32, 64]
+    assert tiny.left() == []
+
+
 def test_a_race_runs_in_each_artifact_s_own_shape(tiny: Any) -> None:
     small, large = tiny.export(image_size=(32, 32)), tiny.export(image_size=(96, 64), batch=2)
     assert len(api.benchmark([small, large], **QUICK)["results"]) == 2
@@ -652,38 +633,3 @@ def test_nothing_to_measure_is_refused(tiny: Any) -> None:
 def test_what_is_neither_artifact_nor_model_says_the_nearest(tiny: Any) -> None:  # noqa: ARG001  # registers `tiny`
     with pytest.raises(UnknownNameError, match="unknown artifact directory or model 'tny'; did you mean 'tiny'"):
         api.benchmark(["tny"])
-
-
-# ---- doctor
-
-
-def test_the_doctor_finds_this_machine_well() -> None:
-    document = api.doctor()
-    assert document["ok"] is True
-    assert {(c["kind"], c["name"]) for c in document["checks"]} == {
-        ("target", "onnx"),
-        ("runtime", "ort"),
-        ("runtime", "torch"),
-    }
-    json.dumps(document, allow_nan=False)
-
-
-def test_the_doctor_says_what_is_missing_and_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.delitem(sys.modules, "edgevit.runtimes.ort", raising=False)
-    document = api.doctor()
-    (broken,) = (c for c in document["checks"] if not c["ok"])
-    assert document["ok"] is False
-    assert broken["problem"] == "runtime ort needs onnxruntime, which is not installed: pip install edgevit"
-
-
-@pytest.mark.parametrize("error", [OSError("libfoo.so: cannot open"), RuntimeError(""), SystemError("two\nlines")])
-def test_the_doctor_survives_a_package_that_breaks_on_import(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    class Broken(ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            raise error
-
-    monkeypatch.setitem(sys.modules, "broken_runtime", Broken("broken_runtime"))
-    monkeypatch.setitem(registry.RUNTIMES, "broken", registry.Row("broken_runtime", "Runtime"))
-    (broken,) = (c for c in api.doctor()["checks"] if not c["ok"])
-    assert broken["problem"] and "\n" not in broken["problem"]

@@ -17,20 +17,11 @@ import numpy as np
 import pytest
 
 from edgevit import artifact
-from edgevit.artifact import (
-    MANIFEST,
-    MAX_MANIFEST_BYTES,
-    SCHEMA_VERSION,
-    artifact_name,
-    describe_export,
-    load_artifact,
-    sha256_of,
-    staged,
-    write_manifest,
-)
+from edgevit.artifact import Proven, artifact_name, describe_export, load_artifact, sha256_of, staged, write_manifest
 from edgevit.contracts import Built
-from edgevit.errors import ArtifactError, OutputError
-from edgevit.specs import ExportSpec, ImageSpec, Parity, TensorSpec
+from edgevit.errors import ArtifactError, OutputError, UsageError
+from edgevit.manifest import BY_SIZE, MANIFEST, MAX_MANIFEST_BYTES, SCHEMA_VERSION
+from edgevit.specs import MAX_SIZES, ExportSpec, ImageSpec, Parity, TensorSpec
 
 NAME = "net-onnx-fp32"
 WORDS = {"model": "net", "target": "onnx", "precision": "fp32", "model_file": "model.onnx"}
@@ -131,24 +122,52 @@ def test_a_manifest_holds_no_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "name"),
-    [((224, 224), "m-onnx-fp32"), ((256, 320), "m-onnx-fp32-256x320"), ((224, 256), "m-onnx-fp32-224x256")],
+    ("sizes", "name"),
+    [
+        ([(224, 224)], "m-onnx-fp32"),
+        ([(256, 320)], "m-onnx-fp32-256x320"),
+        ([(224, 256)], "m-onnx-fp32-224x256"),
+        ([(224, 224), (256, 320)], "m-onnx-fp32-224x224+256x320"),
+        ([(256, 320), (224, 224)], "m-onnx-fp32-256x320+224x224"),
+    ],
 )
-def test_the_name_gives_a_size_that_is_not_the_model_s_own(size: tuple[int, int], name: str) -> None:
-    assert artifact_name("m", "onnx", "fp32", size, (224, 224)) == name
+def test_the_name_gives_sizes_that_are_not_the_model_s_own(sizes: list[tuple[int, int]], name: str) -> None:
+    assert artifact_name("m", "onnx", "fp32", sizes, (224, 224)) == name
+
+
+def proven(height: int, width: int, sample: str = "sample") -> Proven:
+    signature = (TensorSpec("image", ("batch", 3, height, width), layout="NCHW"),)
+    name = f"model-{height}x{width}.onnx"
+    built = Built(name, None, signature, (TensorSpec("logits", ("batch", 5)),), (), {"pointwise": "dense"})
+    return Proven(built, Parity(4, height * 1e-8, 1e-3, 1.0, 0.99999, 1.0, "reference", "ort"), None, sample)
+
+
+def described(*sizes: Proven) -> dict[str, Any]:
+    """The account of an export at these sizes, as JSON has it."""
+    spec = ExportSpec("net", "onnx", batch="dynamic", options=(("spatial", True),))
+    by_size = {(int(p.built.inputs[0].shape[2]), int(p.built.inputs[0].shape[3])): p for p in sizes}
+    document: dict[str, Any] = json.loads(json.dumps(describe_export(spec, ImageSpec(), by_size), allow_nan=False))
+    return document
 
 
 def test_an_export_is_described_in_json() -> None:
-    signature = (TensorSpec("image", ("batch", 3, 64, 96), layout="NCHW"),)
-    built = Built("model.onnx", None, signature, (TensorSpec("logits", ("batch", 5)),), (), {"pointwise": "dense"})
-    parity = Parity(4, 1e-6, 1e-3, 1.0, 0.99999, 1.0, "reference", "ort")
-    spec = ExportSpec("net", "onnx", image_size=(64, 96), batch="dynamic", options=(("spatial", True),))
-    record = json.loads(json.dumps(describe_export(spec, ImageSpec(), built, parity), allow_nan=False))
+    record = described(proven(64, 96))
     assert record["image"]["size"] == [64, 96]
     assert record["batch"] == "dynamic"
     assert record["options"] == {"spatial": True}
     assert record["inputs"] == [{"name": "image", "shape": ["batch", 3, 64, 96], "dtype": "float32", "layout": "NCHW"}]
     assert record["parity"]["passed"] is True
+    assert "resolutions" not in record
+
+
+def test_several_sizes_are_described_each_and_the_first_where_one_would_be() -> None:
+    one, two = proven(64, 96), proven(32, 32, "sample/32x32")
+    record, alone = described(one, two), described(one)
+    assert {key: record[key] for key in alone} == alone
+    first, second = record["resolutions"]
+    assert first == {"image_size": [64, 96], "sample": "sample", **{key: alone[key] for key in BY_SIZE}}
+    assert (second["image_size"], second["sample"]) == ([32, 32], "sample/32x32")
+    assert {key: second[key] for key in BY_SIZE} == {key: described(two)[key] for key in BY_SIZE}
 
 
 def test_the_image_spec_survives(whole: Path) -> None:
@@ -370,6 +389,106 @@ def test_a_manifest_without_a_key_is_refused(whole: Path, key: str) -> None:
 def test_a_file_entry_of_nonsense_is_refused(whole: Path, key: str, value: Any) -> None:
     rewritten(whole, lambda m: m["files"][0].update({key: value}))
     refusal(whole)
+
+
+# ---- several sizes
+
+
+def resolution(height: int, width: int, model_file: str, sample: str) -> dict[str, Any]:
+    kinds = {"inputs": [], "outputs": [], "choices": {}, "parity": {}, "certificates": [height], "complexity": None}
+    return {"image_size": [height, width], "model_file": model_file, "sample": sample, **kinds}
+
+
+@pytest.fixture
+def double(tmp_path: Path) -> Path:
+    """An artifact of two sizes, 32x32 and 64x96."""
+    with staged(tmp_path, NAME, force=False) as stage:
+        (stage / "sample" / "64x96").mkdir(parents=True)
+        for i, folder in enumerate(("sample", "sample/64x96")):
+            (stage / f"{i}.onnx").write_bytes(b"graph")
+            np.save(stage / folder / "input.npy", np.full((1, 3), i, np.float32))
+            np.save(stage / folder / "output.npy", np.full((1, 3), -i, np.float32))
+        sizes = [resolution(32, 32, "0.onnx", "sample"), resolution(64, 96, "1.onnx", "sample/64x96")]
+        write_manifest(stage, WORDS | REST | {"model_file": "0.onnx", "resolutions": sizes})
+    return tmp_path / NAME
+
+
+def test_an_artifact_is_seen_at_each_of_its_sizes(double: Path) -> None:
+    first = load_artifact(double)
+    assert first.image_sizes == ((32, 32), (64, 96))
+    assert (first.image_size, first.model_file.name, first.sample("input")[0, 0]) == ((32, 32), "0.onnx", 0)
+    second = first.at((64, 96))
+    assert (second.image_size, second.model_file.name, second.sample("input")[0, 0]) == ((64, 96), "1.onnx", 1)
+    assert second.sample("output")[0, 0] == -1
+    assert second.image_spec == dataclasses.replace(first.image_spec, size=(64, 96))
+    assert (second.path, second.name, second.image_sizes) == (first.path, first.name, first.image_sizes)
+    assert second.manifest["certificates"] == [64]
+    assert second.at((32, 32)).model_file == first.model_file
+
+
+def test_a_size_that_is_not_there_says_which_are(double: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_artifact(double).at((96, 64))
+    assert str(caught.value) == (
+        f"{double}: image size 96x64, expected one of 32x32,64x96; export the model with --image-size for another"
+    )
+
+
+@pytest.mark.parametrize("size", ["32x32", 32, (32,), None])
+def test_what_is_no_size_is_refused(double: Path, size: Any) -> None:
+    with pytest.raises(UsageError, match=r"^image size .*: expected \(height, width\) in whole pixels"):
+        load_artifact(double).at(size)
+
+
+def test_an_artifact_of_one_size_is_seen_at_that_one(whole: Path) -> None:
+    read = load_artifact(whole)
+    assert read.image_sizes == ((32, 32),)
+    assert read.at((32, 32)) == read
+    with pytest.raises(UsageError, match="image size 64x64, expected one of 32x32; export"):
+        read.at((64, 64))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("image_size", (None, 5, "32x32", [], [32], [32, 32, 32], [32, "32"], [1, True], [0, 1], [1, 9e9], [1, 8192])),
+        ("model_file", (None, 5, "", "x", "../secret", "/etc/passwd", "manifest.json", "sample")),
+        ("sample", (None, 5, "", ".", "..", "../sample", "/etc", "sample/", "other")),
+        *((key, (None, 5, "x")) for key in ("inputs", "outputs", "choices", "parity", "certificates")),
+        ("complexity", (5, "x", [])),
+    ],
+)  # fmt: skip
+def test_nonsense_in_a_resolution_is_refused(double: Path, place: int, key: str, values: tuple[Any, ...]) -> None:
+    whole = (double / MANIFEST).read_text()
+    for value in (*values, "missing"):
+        document = json.loads(whole)
+        entry = document["resolutions"][place]
+        entry.pop(key) if value == "missing" else entry.update({key: value})
+        (double / MANIFEST).write_text(json.dumps(document))
+        assert "not an edgevit manifest (resolutions is of another kind, or names files" in refusal(double), value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(resolutions=None),
+        lambda m: m.update(resolutions={}),
+        lambda m: m.update(resolutions=[]),
+        lambda m: m.update(resolutions="x"),
+        lambda m: m["resolutions"].append(None),
+        lambda m: m["resolutions"].pop(),  # one size alone has no list
+        lambda m: m["resolutions"].reverse(),  # the first is not what the manifest's own fields say
+        lambda m: m["resolutions"].append(m["resolutions"][1]),  # one size twice
+        lambda m: m["resolutions"][0].update(sample="sample/64x96"),
+        lambda m: m.update(
+            resolutions=[m["resolutions"][0] | {"image_size": [32, 32 + i]} for i in range(MAX_SIZES + 1)]
+        ),
+    ],
+)
+def test_a_list_of_resolutions_that_makes_no_sense_is_refused(double: Path, change: Callable[[Any], Any]) -> None:
+    rewritten(double, change)
+    assert "not an edgevit manifest (resolutions" in refusal(double)
 
 
 # ---- staging

@@ -65,14 +65,15 @@ def test_no_argument_at_all_is_help_and_a_usage_error(cli: Any) -> None:
 def test_list_gives_a_name_a_line_or_one_document(cli: Any) -> None:
     assert cli("list").out.splitlines() == model_names()
     assert cli("list", "--json").document == {"models": model_names()}
-    assert cli("list", "--family", "mobile_former", "--json").document == {"models": model_names()}
+    assert cli("list", "--family", "mobile_former", "--json").document == {"models": model_names("mobileformer*")}
+    assert cli("list", "--family", "crossformer").out.splitlines() == model_names("crossformer*")
     assert cli("list", "*_?6m").out.splitlines() == ["mobileformer_26m", "mobileformer_96m"]
 
 
 def test_a_pattern_that_nothing_matches_lists_nothing(cli: Any) -> None:
-    told = cli("list", "vit*")
+    told = cli("list", "resnet*")
     assert (told.code, told.out.strip(), told.err) == (0, "", "")
-    assert cli("list", "vit*", "--json").document == {"models": []}
+    assert cli("list", "resnet*", "--json").document == {"models": []}
 
 
 def test_info_gives_parameters_macs_flops_and_the_paper(cli: Any) -> None:
@@ -84,6 +85,7 @@ def test_info_gives_parameters_macs_flops_and_the_paper(cli: Any) -> None:
     assert document["macs"] == 23_550_208
     assert document["flops"] == 2 * document["macs"]
     assert document["paper"] == {"flops": "26M", "imagenet_top1_percent": 64.0}
+    assert document["gaps"] == {"parameters": None, "macs": pytest.approx((23_550_208 - 26e6) / 26e6 * 100)}
     assert document["image_size"] == [224, 224]
     assert document["options"] == {"spatial_dynamic_relu": False}
 
@@ -95,14 +97,27 @@ def test_info_counts_at_the_size_and_options_asked_for(cli: Any) -> None:
         assert document["image_size"] == [64, 96]
         assert document["parameters"] == 3_232_788
         assert document["flops"] == 2 * document["macs"]
+    assert (shared["options"], spatial["options"]) == ({"spatial_dynamic_relu": False}, {"spatial_dynamic_relu": True})
     assert shared["macs"] < spatial["macs"] < 23_550_208 / 2  # an eighth of the pixels; the tokens' share stays
 
 
-def test_info_prints_both_macs_and_flops(cli: Any) -> None:
-    lines = cli("info", "mobileformer_26m").out.splitlines()
-    assert "parameters  3,232,788" in lines
-    assert "MACs        23.55 M at 224x224" in lines
-    assert "FLOPs       47.10 M (2 x MACs)" in lines
+def test_info_prints_counts_beside_the_paper_s_figures(cli: Any) -> None:
+    rows = table(cli("info", "swin_t").out)
+    assert ["counted", "paper", "gap"] in rows
+    assert ["parameters", "28,288,354", "28M", "+1.0 %"] in rows
+    assert ["MACs", "4,490.57 M at 224x224", "4.5G multiply-adds", "-0.2 %"] in rows
+    assert ["FLOPs", "8,981.13 M (2 x MACs)"] in rows
+    assert ["paper", "imagenet_top1_percent 81.2"] in rows
+    assert ["options", "window_size=7"] in rows
+    assert any(row[0] == "note" for row in rows)
+
+
+def test_info_prints_no_gap_where_there_is_nothing_to_compare(cli: Any) -> None:
+    rows = {row[0]: row for row in table(cli("info", "swin_t", "--image-size", "64x64").out)}
+    assert rows["parameters"][-1] == "+1.0 %"
+    assert rows["MACs"][1:] == ["425.31 M at 64x64", "4.5G multiply-adds", "n/a (of another size or options)"]
+    rows = {row[0]: row for row in table(cli("info", "mobileformer_26m").out)}
+    assert rows["parameters"] == ["parameters", "3,232,788"]  # the paper prints none
 
 
 def test_doctor_is_well_here(cli: Any) -> None:
@@ -204,6 +219,30 @@ def test_export_of_features(cli: Any, tiny: Any) -> None:
     assert "top-1" not in told.out
 
 
+def test_export_of_several_sizes_tells_of_each(cli: Any, tiny: Any) -> None:
+    asked = ("export", "tiny", "--to", "onnx", "--out", tiny.out, "--image-size", "64x64, 32x96")
+    document = cli(*asked, "--json").document
+    assert Path(document["artifact"]).name == "tiny-onnx-fp32-64x64+32x96"
+    assert [entry["image_size"] for entry in document["resolutions"]] == [[64, 64], [32, 96]]
+    assert document["parity"] == document["resolutions"][0]["parity"]
+    lines = cli(*asked, "--force").out.splitlines()
+    assert [line for line in lines if line.startswith("image size")] == [
+        "image size  64x64: model-64x64.onnx",
+        "image size  32x96: model-32x96.onnx",
+    ]
+    for start, times in (("rewrite ", 2), ("deployed ", 2), ("parity ", 2), ("weights ", 1)):
+        assert sum(line.startswith(start) for line in lines) == times
+
+
+def test_export_warns_of_a_size_that_pads(cli: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgevit.api import exporting
+
+    monkeypatch.setattr(exporting, "size_notes", lambda card, sizes, cost: [f"{card.name} pads [there] at {sizes[0]}"])
+    told = cli("export", "tiny", "--to", "onnx", "--out", tiny.out, "--image-size", "32x96")
+    assert "note        tiny pads [there] at (32, 96)" in told.out.splitlines()
+    assert load_artifact(tiny.out / "tiny-onnx-fp32-32x96").manifest["notes"] == ["tiny pads [there] at (32, 96)"]
+
+
 # ---- verify
 
 
@@ -226,6 +265,14 @@ def test_verify_prints_one_parity_line(cli: Any, tiny: Any, tmp_path: Path) -> N
     assert cli("verify", path, "--weights", weights).out.startswith(
         "parity      equal to the reference on 4 picture(s)"
     )
+
+
+def test_verify_prints_a_line_for_each_size(cli: Any, tiny: Any) -> None:
+    path = tiny.export(image_size=((64, 64), (32, 96))).path
+    first, second = cli("verify", path).out.splitlines()
+    assert first.startswith("parity      equal to the reference at 64x64 on 4 picture(s): max abs ")
+    assert second.startswith("parity      equal to the reference at 32x96 on 4 picture(s): max abs ")
+    assert len(cli("verify", path, "--json").document["resolutions"]) == 2
 
 
 # ---- run
@@ -312,6 +359,20 @@ def test_a_label_cannot_write_on_the_terminal(cli: Any, tiny: Any, tmp_path: Pat
     assert told.code == 0
     assert "\x1b" not in told.out
     assert "[red]" in told.out
+
+
+def test_run_and_bench_take_the_size_asked_for(cli: Any, tiny: Any) -> None:
+    path = tiny.export(image_size=((64, 64), (32, 96))).path
+    asked = [cli("run", path, CHELSEA, *size, "--json").document for size in ((), ("--image-size", "32x96"))]
+    assert asked[0]["predictions"] != asked[1]["predictions"]
+    alone = tiny.export(image_size=(32, 96)).path
+    assert cli("run", alone, CHELSEA, "--json").document["predictions"] == asked[1]["predictions"]
+    for size, name in (((), "64x64"), (("--image-size", "32x96"), "32x96")):
+        (result,) = cli("bench", path, *size, *QUICK, "--json").document["results"]
+        assert result["name"] == f"tiny-onnx-fp32-64x64+32x96 at {name}"
+    refused = cli("run", path, CHELSEA, "--image-size", "96x96")
+    assert refused.code == 2
+    assert "image size 96x96, expected one of 64x64,32x96; export" in refused.message
 
 
 # ---- bench

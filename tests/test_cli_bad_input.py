@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 
 from edgevit import inputs
-from edgevit.artifact import MANIFEST, load_artifact
+from edgevit.artifact import load_artifact
+from edgevit.manifest import MANIFEST
+from edgevit.registry import FAMILIES, model_names
 
-MODELS = (
-    "mobileformer_151m, mobileformer_214m, mobileformer_26m, mobileformer_294m, mobileformer_508m, "
-    "mobileformer_52m, mobileformer_96m"
-)
+MODELS = ", ".join(sorted(model_names()))
 MULTIPLES = "height and width must be multiples of 32 between 32 and 4096"
+PIXELS = "expected HEIGHTxWIDTH in pixels, e.g. 224x224"
 EXPORT = ("export", "mobileformer_26m", "--to", "onnx")
 PHOTO = inputs.photographs()[0]
 NAME = "tiny-onnx-fp32"
@@ -82,8 +82,25 @@ def empty(folder: Path) -> bool:
             for size, near in (("100x64", "96x64"), ("0x64", "32x64"), ("99999x64", "4096x64"))
         ),
         *(
-            ((*EXPORT, f"--image-size={size}"), f"--image-size '{size}': expected HEIGHTxWIDTH in pixels, e.g. 224x224")
-            for size in ("224", "224x", "x", "-64x64", "6 4x64", "64x64x3", "64.0x64", "٣٢x32", "9" * 30 + "x64")
+            ((*EXPORT, f"--image-size={size}"), f"--image-size '{size}': {PIXELS}, or several: 224x224,256x320")
+            for size in (
+                *("224", "224x", "x", "-64x64", "6 4x64", "64x64x3", "64.0x64", "٣٢x32", "9" * 30 + "x64"),
+                *("", ",", "64x64,", ",64x64", "64x64,,96x96", "64x64,dynamic", "dynamic", "64x64;96x96", "64x64,96"),
+            )
+        ),
+        *(
+            ((*verb, "--image-size", size), f"--image-size '{size}': {PIXELS}")
+            for verb in (("info", "mobileformer_26m"), ("bench", "mobileformer_26m"), ("run", "somewhere", "photo.jpg"))
+            for size in ("64", "64x64,96x96")
+        ),
+        (
+            (*EXPORT, "--image-size", "64x64,96x96,64x64"),
+            "image sizes 64x64,96x96,64x64: 64x64 is given twice; give each size once",
+        ),
+        ((*EXPORT, "--image-size", "64x64,96x100"), f"image size 96x100: {MULTIPLES}; try 96x96"),
+        (
+            (*EXPORT, "--image-size", ",".join(f"32x{32 * i}" for i in range(1, 18))),
+            "image sizes: 17 of them, at most 16 share an artifact; export the rest alone",
         ),
         ((*EXPORT, "--batch", "0"), "batch 0: expected a whole number from 1 to 1024, or 'dynamic'"),
         ((*EXPORT, "--batch", "-1"), "batch -1: expected a whole number from 1 to 1024, or 'dynamic'"),
@@ -95,7 +112,7 @@ def empty(folder: Path) -> bool:
         ((*EXPORT, "--pointwise", "sparse"), "pointwise 'sparse': expected auto, dense or grouped"),
         (
             ("list", "--family", "mobileformer"),
-            "unknown family 'mobileformer'; did you mean 'mobile_former'? Known: mobile_former",
+            f"unknown family 'mobileformer'; did you mean 'mobile_former'? Known: {', '.join(sorted(FAMILIES))}",
         ),
         (("info", "mobileformer_26m", "--image-size", "33x32"), f"image size 33x32: {MULTIPLES}; try 32x32"),
         (
@@ -455,7 +472,7 @@ def spoiled(value: float) -> Callable[[Any], None]:
 def test_a_wrong_model_exits_3_and_leaves_nothing(cli: Any, tiny: Any, value: float) -> None:
     tiny.exporter.change = spoiled(value)
     message = failure(cli("export", "tiny", "--to", "onnx", "--out", tiny.out), 3)
-    assert message.startswith("tiny on ort: not equal to the reference: max abs ")
+    assert message.startswith("tiny at 64x64 on ort: not equal to the reference: max abs ")
     assert "nothing was written" in message
     assert tiny.left() == []
 

@@ -44,7 +44,7 @@ def test_an_exporter_keeps_its_contract(name: str) -> None:
     assert made.name == name
     assert made.runtime in RUNTIMES
     assert made.precisions and len(set(made.precisions)) == len(made.precisions)
-    assert list(inspect.signature(made.export).parameters) == ["model", "card", "spec", "directory"]
+    assert list(inspect.signature(made.export).parameters) == ["model", "card", "specs", "directory"]
     assert list(inspect.signature(made.export_naive).parameters) == ["model", "card", "spec", "path"]
 
 

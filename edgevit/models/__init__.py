@@ -22,7 +22,7 @@ from edgevit.specs import ModelCard
 
 DEFAULT_CLASSES = 1000  # ImageNet-1k, which all published checkpoints of these networks classify
 MAX_SEED = 2**63 - 1  # the largest that PyTorch's generator takes
-ADDED = ("bias_table", "scale_table", "pos_embed", "cls_token", "dist_token")  # no matrices: added or multiplied as they are
+ADDED = ("bias_table", "scale_table", "pos_embed", "cls_token", "dist_token")  # no matrices: used as they are
 MAX_CLASSES = 1_000_000  # more than any published vocabulary; beyond it the last layer alone would not fit in memory
 
 

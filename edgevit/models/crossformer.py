@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -35,7 +36,6 @@ from .layers import (
     Mlp,
     constant,
     init_weights,
-    pad_to_multiple,
     relative_offsets,
     relative_position_index,
     window_merge,
@@ -92,7 +92,8 @@ def grouping(height: int, width: int, group: int, interval: int, *, long_distanc
 
 def partition(x: Tensor, lay: Grouping) -> Tensor:
     """x (b, h, w, c) -> (b*g, n, c); groups by region, then by place in it, all row by row, like their members."""
-    x = pad_to_multiple(x, lay.rows * lay.row_step, lay.columns * lay.column_step)
+    bottom, right = -x.shape[1] % (lay.rows * lay.row_step), -x.shape[2] % (lay.columns * lay.column_step)
+    x = F.pad(x, (0, 0, 0, right, 0, bottom))  # also where there is nothing to pad, as in the official code
     if lay.row_step == lay.column_step == 1:
         return window_partition(x, lay.rows, lay.columns)
     _, h, w, c = x.shape
@@ -442,7 +443,6 @@ def fit_checkpoint(
 NOTES = (
     "the paper's FLOPs are multiply-adds",
     "published FLOPs of detectors and segmenters use lda_mode=old; new takes 25 G less in S at 1280x800",
-    "224 and 448 are the natural sizes: groups pad others, 256 costs 1.4 times as much per pixel as 224",
 )
 OWN_NOTES = {"crossformerpp_s": ("the published 4.9G is not reproduced: the official code itself counts 4.4 G",)}
 

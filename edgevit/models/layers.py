@@ -144,8 +144,10 @@ def resize_bias_table(table: Tensor, rows: int) -> Tensor:
 
     Both counts must be squares; a table of any other shape is returned as it is, for the strict load to refuse.
     """
+    if table.dim() != 2 or not table.is_floating_point() or not table.numel():
+        return table
     old, new = round(table.shape[0] ** 0.5), round(rows**0.5)
-    if old == new or old * old != table.shape[0] or new * new != rows or table.dim() != 2:
+    if old == new or old * old != table.shape[0] or new * new != rows:
         return table
     grid = table.t().reshape(1, table.shape[1], old, old)  # m*m k -> 1 k m m
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)

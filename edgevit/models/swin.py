@@ -306,7 +306,7 @@ def filter_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Microsoft's names as they are, timm's and a detector's `backbone.` renamed; the recomputed buffers dropped."""
     if any(key.startswith("backbone.") for key in state):
         state = {key.removeprefix("backbone."): t for key, t in state.items() if key.startswith("backbone.")}
-    if "head.fc.weight" in state:  # timm: merging at the start of a stage, the classifier one level down
+    if any(key.startswith("layers.3.downsample.") for key in state):  # timm: merging at the start of a stage
         state = {_from_timm(key): tensor for key, tensor in state.items()}
     return {key: tensor for key, tensor in state.items() if not key.endswith(BUFFERS)}
 
@@ -319,11 +319,12 @@ def _from_timm(key: str) -> str:
 def fit_checkpoint(state: dict[str, Tensor], module: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Resize bias tables to the module's window; give a backbone the output norms that a classifier lacks."""
     state, notes, resized = dict(state), [], 0
+    bare = not any(re.match(r"norm\d\.", key) for key in state)
     for key, wanted in module.state_dict().items():
         if key.endswith("relative_position_bias_table") and key in state and state[key].shape != wanted.shape:
             state[key] = resize_bias_table(state[key], wanted.shape[0])
             resized += 1
-        if re.match(r"norm\d\.", key) and not any(re.match(r"norm\d\.", other) for other in state):
+        if bare and re.match(r"norm\d\.", key):
             state[key] = wanted
             notes.append("the weights have no output norms (norm0 to norm3): they are new")
     if resized:

@@ -18,7 +18,8 @@ from .dynamic_relu import clip_slopes
 from .former import masked_former
 from .grouped_attention import group_tokens
 from .hidden_branches import branch_hidden
-from .patch_merging import gather_patches
+from .mlp_branches import branch_mlp
+from .patch_merging import flat_embedding, gather_patches
 from .token_stream import merge_token_stream
 
 __all__ = ["REWRITES", "DeploySpec", "deploy"]
@@ -33,7 +34,9 @@ REWRITES: tuple[Rewrite, ...] = (
     gather_shuffle,  # the shuffles that densify_pointwise and branch_hidden left
     merge_token_stream,  # after those before it: it merges across what they left behind
     group_tokens,  # the attention families; of the rewrites above only fold_batchnorm touches them
+    branch_mlp,  # after group_tokens
     gather_patches,
+    flat_embedding,
     fold_positions,
     read_tokens_only,  # after group_tokens: it replaces a block of that form
 )

@@ -55,12 +55,12 @@ class TokenBlocks(nn.Module):
         steps: list[nn.Module] = []
         raster = order = torch.arange(self.tokens)  # order[i]: the raster position of the token at place i
         for block in sequence:
-            groups = _members(block, height, width)
+            groups, bias = _members(block, height, width)
             flat = groups.flatten()
             if (flat >= 0).all():
                 steps += _reorder(order, flat, spec)
                 order = flat
-            steps.append(TokenBlock(block, groups, order, (height, width), spec))
+            steps.append(TokenBlock(block, groups, bias, order, (height, width), spec))
             if block.ex_conv is not None and block.ex_ln is not None:
                 steps += _reorder(order, raster, spec)
                 order = raster
@@ -76,10 +76,17 @@ class TokenBlocks(nn.Module):
         return x.view(-1, self.tokens, c)
 
 
-def _members(block: GroupedBlock, height: int, width: int) -> Tensor:
-    """The raster positions of each group's tokens, -1 for a pad: (g, n)."""
+def _members(block: GroupedBlock, height: int, width: int) -> tuple[Tensor, Tensor | None]:
+    """The raster positions of each group's tokens, -1 for a pad: (g, n); and the bias (1 or g, k or 1, n, n).
+
+    Pads that nobody attends to are left out where there is one group.
+    """
     positions = torch.arange(1, height * width + 1, dtype=torch.float64).view(1, height, width, 1)
-    return block.partition(positions)[..., 0].long() - 1
+    groups, bias = block.partition(positions)[..., 0].long() - 1, block.attention_bias(height, width)
+    if len(groups) == 1 and bias is not None and masks_pads(bias, groups):
+        real = groups[0] >= 0
+        return groups[:, real], bias[:, :, real][..., real]
+    return groups, bias
 
 
 def _places(order: Tensor) -> Tensor:
@@ -110,11 +117,17 @@ class TokenBlock(nn.Module):
     """One block on rows of tokens: norm, grouped attention, residual; norm, MLP, residual."""
 
     def __init__(
-        self, block: GroupedBlock, groups: Tensor, order: Tensor, size: tuple[int, int], spec: DeploySpec
+        self,
+        block: GroupedBlock,
+        groups: Tensor,
+        bias: Tensor | None,
+        order: Tensor,
+        size: tuple[int, int],
+        spec: DeploySpec,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
-        self.attn = GroupedAttention(block, groups, order, size, spec)
+        self.attn = GroupedAttention(block, groups, bias, order, size, spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b*t, c) -> (b*t, c)."""
@@ -162,10 +175,16 @@ class GroupedAttention(nn.Module):
     outer: Tensor | None
 
     def __init__(
-        self, block: GroupedBlock, groups: Tensor, order: Tensor, size: tuple[int, int], spec: DeploySpec
+        self,
+        block: GroupedBlock,
+        groups: Tensor,
+        bias: Tensor | None,
+        order: Tensor,
+        size: tuple[int, int],
+        spec: DeploySpec,
     ) -> None:
         super().__init__()
-        attn, bias, scale = block.attn, block.attention_bias(*size), block.scale(*size)
+        attn, scale = block.attn, block.scale(*size)
         self.groups, self.members = groups.shape
         self.heads, self.one_picture = attn.heads, spec.batch == 1
         self.q, self.k, self.v = _projections(attn, 1.0 if isinstance(scale, Tensor) else scale)

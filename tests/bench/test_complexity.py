@@ -301,3 +301,21 @@ def test_the_callers_module_stays_as_it_is() -> None:
     assert count_module(model, (5, 5)) == ModuleCount(parameters=120, macs=9 * 4 * 27, flops=2 * 9 * 4 * 27)
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "output", "macs"),
+    [
+        ((2, 5, 12), (2, 7, 12), (2, 7, 12), (2, 5, 12), 2 * 5 * 7 * 24),  # (b, n, heads * d), 3 heads of 4
+        ((2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 6), (2, 3, 5, 6), 2 * 3 * 5 * 7 * 10),  # v wider than q
+    ],
+)
+def test_attention_counts_both_products(query: Shape, key: Shape, value: Shape, output: Shape, macs: int) -> None:
+    heads = {"q_num_heads": 3, "kv_num_heads": 3} if len(query) == 3 else {}
+    node = helper.make_node("Attention", ["q", "k", "v"], ["y"], **heads)
+    model = graph([node], {"q": query, "k": key, "v": value}, output)
+    model.opset_import[0].version = 23
+
+    count = count_onnx(model)
+
+    assert (count.macs, count.macs_by_op, count.unknown) == (macs, {"Attention": macs}, {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgevit.export.deploy import REWRITES, DeploySpec
 from edgevit.export.deploy.certificate import Rewrite, certify
+from edgevit.models import ADDED, vit, vit_lsla
+from edgevit.models.crossformer import CrossFormer, CrossFormerConfig, Rule
+from edgevit.models.layers import GroupedBlock
 from edgevit.models.mobile_former import CONFIGS, MobileFormer, MobileFormerConfig, Row
+from edgevit.models.swin import SwinConfig, SwinTransformer
+from edgevit.models.vit import VisionTransformer, ViTConfig
+from edgevit.models.vit_lsla import LslaConfig, LslaOptions, VitLsla
 from edgevit.specs import Certificate
 
 EXACT = 1e-9  # of float64 rewrites, which land near 1e-15: the design's limit, MAX_REL of the certificates
@@ -78,6 +84,8 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
             tensor.copy_(0.5 + noise.abs())
         elif "tokens.weight" in name:
             tensor.copy_(noise)
+        elif name.endswith(ADDED):
+            tensor.copy_(0.5 * noise)  # beside logits and tokens of unit size
         elif tensor.dim() >= 2:
             steers = "hyper.2" in name or "alpha.0" in name  # clipped at -3 and 3: reach both ends
             gain = 5.0 if steers else 0.8 if tensor.dim() == 4 else 0.6  # no map grows, no attention is one-hot
@@ -93,6 +101,62 @@ def build(name: str, seed: int = 0, **options: Any) -> MobileFormer:
     model = MobileFormer(config, **{"num_classes": CLASSES, **fixed, **options})
     randomized(model, seed)
     return model
+
+
+def swin(window: int = 7, *, features_only: bool = False) -> SwinTransformer:
+    """Four stages of a plain and a shifted block; 1, 2, 4, 8 heads."""
+    return SwinTransformer(SwinConfig(32, (2, 2, 2, 2)), window, CLASSES, features_only=features_only)
+
+
+def crossformer(rule: Rule = "new", *, features_only: bool = False, **config: Any) -> CrossFormer:
+    """SDA and LDA in each stage but the last; 1 head of width 48, then 3, 6, 12 of 32, so that DPB has 3 channels."""
+    config = {"depths": (2, 2, 2, 1), **config}
+    return CrossFormer(CrossFormerConfig(48, **config), rule, CLASSES, features_only=features_only)
+
+
+def plain(grid: int, *, distilled: bool = False) -> VisionTransformer:
+    """Three blocks of one head; positions for `grid` x `grid` patches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vit, "DEPTH", 3)
+        return VisionTransformer(ViTConfig(64, distilled=distilled), grid, CLASSES)
+
+
+def lsla(merging: Any = "conv", *, features_only: bool = False, **options: Any) -> VitLsla:
+    """Four stages of a plain and a shifted block; 1, 2, 4, 8 heads, which a published variant has three times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vit_lsla, "WIDTH", 32)
+        return VitLsla(
+            LslaConfig((2, 2, 2, 2), 2, 8, merging), LslaOptions(**options), CLASSES, features_only=features_only
+        )
+
+
+# As CrossFormer++ has them; a cooling layer wants a stage of four blocks.
+PLUS = {"depths": (2, 2, 4, 1), "groups": (4, 4, 14, 7), "intervals": (4, 2, 1, 1), "cooling": True}
+PYRAMID = {"groups": (14, 14, 7, 7), "intervals": (16, 8, 2, 1)}  # as segmenters on a feature pyramid have them
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "swin": swin,
+    "swin_features": lambda: swin(4, features_only=True),
+    "crossformer": crossformer,
+    "crossformer_old": lambda: crossformer("old_classifier"),
+    "crossformer_old_features": lambda: crossformer("old_dense", features_only=True),
+    "crossformer_pyramid": lambda: crossformer("old_dense", features_only=True, **PYRAMID),
+    "crossformer_plus": lambda: crossformer(**PLUS),
+    "lsla": lsla,
+    "lsla_features": lambda: lsla("linear", features_only=True, mask_outer_bias=False, projections="qxv"),
+    "lsla_plain": lambda: lsla(projections="qkv", dynamic_scale=False, outer_bias=False),
+    "vit": lambda: plain(2),
+    "vit_distilled": lambda: plain(3, distilled=True),
+}
+
+
+def network(name: str, seed: int = 0) -> nn.Module:
+    """A network of `NETWORKS` with random weights in float64."""
+    return randomized(NETWORKS[name](), seed)
+
+
+def blocks(model: nn.Module) -> list[GroupedBlock]:
+    """Its attention blocks in their order."""
+    return [m for m in model.modules() if isinstance(m, GroupedBlock)]
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
@@ -158,24 +222,32 @@ def alone(rewrite: Rewrite, module: nn.Module, batch: int | str = 1) -> nn.Modul
 
 
 class Recorder(TorchDispatchMode):
-    """What really ran: (operator, elements of its first tensor operand)."""
+    """What really ran: (operator, elements of its first tensor operand), and the outputs of some operators."""
 
-    def __init__(self) -> None:
+    def __init__(self, *kept: str) -> None:
         super().__init__()
         self.calls: list[tuple[str, int]] = []
+        self.kept, self.outputs = kept, list[Tensor]()
+        self.rank = 0  # of the largest tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         size = next((a.numel() for a in args if isinstance(a, Tensor)), 0)
-        self.calls.append((str(func).removeprefix("aten.").split(".")[0], size))
-        return func(*args, **(kwargs or {}))
+        name = str(func).removeprefix("aten.").split(".")[0]
+        self.calls.append((name, size))
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.rank = max(self.rank, out.dim())
+            if name in self.kept:
+                self.outputs.append(out)
+        return out
 
     def count(self, *names: str, elements: int | None = None) -> int:
         return sum(name in names and elements in (None, size) for name, size in self.calls)
 
 
 @contextmanager
-def recorded() -> Iterator[Recorder]:
-    with Recorder() as recorder:
+def recorded(*kept: str) -> Iterator[Recorder]:
+    with Recorder(*kept) as recorder:
         yield recorder
 
 
@@ -188,7 +260,13 @@ class Workshop:
     """The functions above, for test modules: pytest's importlib mode has no import between test files."""
 
     exact = EXACT
+    networks = NETWORKS
     build = staticmethod(build)
+    swin = staticmethod(swin)
+    crossformer = staticmethod(crossformer)
+    lsla = staticmethod(lsla)
+    network = staticmethod(network)
+    blocks = staticmethod(blocks)
     randomized = staticmethod(randomized)
     normal = staticmethod(normal)
     tensors = staticmethod(tensors)
@@ -234,6 +312,12 @@ def spec(request: pytest.FixtureRequest) -> DeploySpec:
 def small(request: pytest.FixtureRequest) -> MobileFormer:
     """Each small network."""
     return build(request.param)
+
+
+@pytest.fixture(params=NETWORKS)
+def attention(request: pytest.FixtureRequest) -> nn.Module:
+    """Each small network of grouped attention."""
+    return network(request.param)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{shape_id(case[1])}")

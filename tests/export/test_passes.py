@@ -22,6 +22,7 @@ from edgevit.export.passes import (
     LARGE_SOFTMAX,
     MANY_POSITIONS,
     SHORT_AXIS,
+    FuseAttention,
     GemmTranspose,
     PointwiseGemm,
     ShortSoftmax,
@@ -235,6 +236,24 @@ def test_two_softmaxes_share_their_axis_constant() -> None:
     proto = graph(text)
     assert applied(ShortSoftmax(), proto, x=normal(2, 6, 512)) == [*PARTS, "Neg", *PARTS]
     assert list(constants(ir.to_proto(run(ir.from_proto(proto), CPU_KERNELS))).values()) == [(1,)]
+
+
+# ---- FuseAttention (more of it in test_passes_attention.py)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 5), (2, 1, 1, 5), (1, 3, 5, 1), (1, 1, 1, 1)], ids=str)
+def test_a_bias_that_add_would_spread_over_queries_or_keys(shape: tuple[int, ...]) -> None:
+    """ONNX Runtime's Attention takes a bias for each query and key, and refuses a graph with less when it runs."""
+    text = """(float[10, 12] a, float[10, 12] b, float[10, 12] c) => (float[10, 12] y) {
+        qr = Reshape(a, heads) q = Transpose<perm = [0, 2, 1, 3]>(qr)
+        kr = Reshape(b, heads) k = Transpose<perm = [0, 2, 3, 1]>(kr)
+        vr = Reshape(c, heads) v = Transpose<perm = [0, 2, 1, 3]>(vr)
+        s = MatMul(q, k) z = Add(s, bias) p = Softmax<axis = -1>(z) o = MatMul(p, v)
+        t = Transpose<perm = [0, 2, 1, 3]>(o) y = Reshape(t, rows) }"""
+    stored: dict[str, Any] = {"heads": np.array([2, 5, 3, 4]), "rows": np.array([10, 12]), "bias": normal(*shape)}
+    proto, feeds = graph(text, **stored), {name: normal(10, 12, seed=i) for i, name in enumerate("abc")}
+    after = ir.to_proto(run(ir.from_proto(proto), [FuseAttention()]))
+    assert np.abs(outputs(after, feeds)[0] - outputs(proto, feeds)[0]).max() <= SAME
 
 
 # ---- PointwiseGemm

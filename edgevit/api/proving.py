@@ -1,0 +1,124 @@
+"""Equal to the reference or not: what `export_model` asks of every new artifact, and `verify` of one that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevit import inputs, registry
+from edgevit.artifact import Artifact, load_artifact
+from edgevit.errors import ParityError
+from edgevit.runtimes import Session
+from edgevit.specs import Batch, ExportSpec, ImageSpec, ModelCard, Parity, size_text
+
+from .running import session_of
+
+
+def prove(module: Any, image: ImageSpec, spec: ExportSpec, path: Path, runtime: str, sample: Path) -> Parity:
+    """Compare a model file with the reference on the shipped photographs, and leave the first batch in `sample`.
+
+    Raises:
+        ParityError: they differ.
+    """
+    images = inputs.load_images(inputs.photographs(), image, spec.image_size)
+    if isinstance(spec.batch, int) and spec.batch > len(images):
+        images = images[np.arange(spec.batch) % len(images)]
+    expected, parity = _compare(module, images, spec.batch, spec.precision, path, runtime)
+    if not parity.passed:
+        raise ParityError(
+            f"{spec.model} at {size_text(images.shape[2:])} on {runtime}: not equal to the reference: "
+            f"max abs {parity.max_abs:.2e} (limit {parity.max_abs_limit:.0e}), cosine {parity.cosine:.6f} "
+            f"(limit {parity.cosine_limit}), top-1 agreement {parity.top1_agreement}; nothing was written; "
+            "please report the model and its options"
+        )
+    sample.mkdir(parents=True, exist_ok=True)
+    count = 1 if spec.batch == "dynamic" else spec.batch
+    np.save(sample / "input.npy", images[:count])
+    np.save(sample / "output.npy", next(iter(expected.values()))[:count])
+    return parity
+
+
+def _compare(
+    module: Any, images: NDArray[np.float32], batch: Batch, precision: str, path: Path, runtime: str
+) -> tuple[dict[str, NDArray[Any]], Parity]:
+    """The reference's outputs for `images` (n, 3, h, w), and how far the runtime's lie from them."""
+    from edgevit.export.verify import compare_outputs
+
+    with Session(registry.runtime_class("torch")(module, images.shape[2:])) as reference:  # type: ignore[call-arg]  # a runtime's own arguments
+        expected = reference.run_all(images, 1)
+    with Session(registry.runtime_class(runtime)(path)) as session:  # type: ignore[call-arg]  # a runtime's own arguments
+        session.require_precision(precision, path)
+        actual = session.run_all(images, batch)
+    return expected, compare_outputs(expected, actual, precision, runtime)
+
+
+def verify(path: str | Path, weights: str | Path | None = None) -> dict[str, Any]:
+    """Check an artifact: its hashes, then its outputs, at every image size it holds.
+
+    With the weights (given, or random ones rebuilt from their seed) against the reference on the photographs,
+    otherwise against `sample/`, which the reference computed when the artifact was made.
+
+    Raises:
+        ArtifactError, CheckpointError, RuntimeFailure. ParityError: not equal.
+    """
+    artifact = load_artifact(path)
+    views = [artifact.at(size) for size in artifact.image_sizes]
+    where = [str(path)] if len(views) == 1 else [f"{path} at {size_text(view.image_size)}" for view in views]
+    parities = [_against_sample(view, place) for view, place in zip(views, where, strict=True)]
+    against = "sample"
+    if weights is not None or artifact.random_weights:
+        against = "reference"
+        module, card = reference_of(artifact.manifest, weights)
+        parities = [_against_reference(view, module, card, at) for view, at in zip(views, where, strict=True)]
+    records = [{"image_size": list(v.image_size), "parity": p.record()} for v, p in zip(views, parities, strict=True)]
+    document = {"artifact": str(path), "against": against, "parity": records[0]["parity"]}
+    return document | ({"resolutions": records} if len(records) > 1 else {})
+
+
+def _against_sample(artifact: Artifact, where: str) -> Parity:
+    from edgevit.export.verify import compare_outputs
+
+    with session_of(artifact, None) as session:
+        name = session.runtime.outputs[0].name
+        session.require_precision(artifact.manifest["precision"], artifact.path)
+        stored = artifact.sample("output")
+        actual = session.run({"image": artifact.sample("input")})
+    parity = compare_outputs({name: stored}, {name: actual[name]}, artifact.manifest["precision"], session.runtime.name)
+    return _passed(parity, where, "sample")
+
+
+def _against_reference(artifact: Artifact, module: Any, card: ModelCard, where: str) -> Parity:
+    manifest = artifact.manifest
+    images = inputs.load_images(inputs.photographs(), card.image, artifact.image_size)
+    runtime = registry.exporter(manifest["target"]).runtime
+    _, parity = _compare(module, images, manifest["batch"], manifest["precision"], artifact.model_file, runtime)
+    return _passed(parity, where, "reference")
+
+
+def _passed(parity: Parity, where: str, against: str) -> Parity:
+    if not parity.passed:
+        raise ParityError(
+            f"{where}: not equal to its {against}: max abs {parity.max_abs:.2e} (limit {parity.max_abs_limit:.0e}), "
+            f"cosine {parity.cosine:.6f}, top-1 agreement {parity.top1_agreement}; export the model again"
+        )
+    return parity
+
+
+def reference_of(manifest: Mapping[str, Any], weights: str | Path | None) -> tuple[Any, ModelCard]:
+    """The reference module that an artifact was made from, and its card; without weights, random ones of its seed."""
+    from edgevit.models import load_model
+
+    loaded = load_model(
+        manifest["model"],
+        weights,
+        manifest["num_classes"],
+        features_only=manifest["features_only"],
+        options=manifest["options"],
+        seed=manifest["seed"],
+        randomize=True,
+    )
+    return loaded.module, loaded.card

@@ -1,0 +1,65 @@
+"""The texts of a command line as values."""
+
+from __future__ import annotations
+
+import re
+
+from edgevit.errors import UsageError
+from edgevit.specs import Size
+
+SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})", re.IGNORECASE)
+
+
+def parse_size(text: str | None) -> Size | None:
+    """Read "256x320" as (256, 320).
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text is None:
+        return None
+    found = SIZE.fullmatch(text)
+    if found is None:
+        raise UsageError(f"--image-size {text!r}: expected HEIGHTxWIDTH in pixels, e.g. 224x224")
+    return int(found[1]), int(found[2])
+
+
+def parse_sizes(text: str | None) -> tuple[Size, ...] | None:
+    """Read "224x224,256x320" as ((224, 224), (256, 320)).
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text is None:
+        return None
+    found = [SIZE.fullmatch(part.strip()) for part in text.split(",")]
+    if None in found:
+        raise UsageError(
+            f"--image-size {text!r}: expected HEIGHTxWIDTH in pixels, e.g. 224x224, or several: 224x224,256x320"
+        )
+    return tuple((int(size[1]), int(size[2])) for size in found if size)
+
+
+def parse_batch(text: str) -> int | str:
+    """Read "4" as 4; "dynamic" stays.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text == "dynamic":
+        return text
+    if not re.fullmatch(r"-?[0-9]{1,9}", text):
+        raise UsageError(f"--batch {text!r}: expected a whole number of pictures, or 'dynamic'")
+    return int(text)
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, str]:
+    """["a=b"] -> {"a": "b"}.
+
+    Raises:
+        UsageError: a pair without "=".
+    """
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. spatial_dynamic_relu=true")
+    return dict(pair.split("=", 1) for pair in pairs or [])
