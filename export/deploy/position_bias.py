@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from edgevit.models.layers import GroupedBlock
 
-# A bias below it is a mask: theirs are -100 and -1e6, learnt biases a few units.
-MASKED = -50.0
+# What lies so far below the largest of its row is a mask: theirs are -100 and -1e6, learnt biases a few units apart.
+GAP = 50.0
 # What a mask becomes. exp(-100) is a denormal number, and a MatMul that meets denormals ran eight times slower; -1e6 is
 # infinite in float16. exp(-1e4) is 0 in every type, as the networks mean it.
 MASK = -1e4
@@ -28,12 +29,13 @@ class LogitBias(nn.Module):
     def __init__(self, bias: Tensor, groups: int, *, one_picture: bool) -> None:
         super().__init__()
         self.groups, self.one_picture = groups, one_picture
-        masked = bias < MASKED
+        masked = is_masked(bias)
         mask = None
-        if bias.shape[0] > 1 and 4 * bias.numel() > MERGE_BYTES:
+        if len(bias) > 1 and 4 * bias.numel() > MERGE_BYTES and torch.equal(masked, masked[:, :1].expand_as(masked)):
             mask = masked[:, :1].to(bias.dtype) * MASK  # the same for every head
             bias = bias.amax(0, keepdim=True)  # the same in every group that does not mask it
-        self.register_buffer("bias", bias.masked_fill(bias < MASKED, MASK))
+            masked = is_masked(bias)
+        self.register_buffer("bias", bias.masked_fill(masked, MASK).clamp(min=MASK))
         self.register_buffer("mask", mask)
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -46,12 +48,22 @@ class LogitBias(nn.Module):
         return logits
 
 
+def is_masked(bias: Tensor) -> Tensor:
+    """Which entries of a bias (..., queries, keys) keep a query from a key.
+
+    Not by their value: a softmax does not notice what is added to a whole row. Where all keys of a row are masked, as
+    for the queries of a group of pads alone, none is said to be.
+    """
+    return bias < bias.amax(-1, keepdim=True) - GAP
+
+
 def masks_pads(bias: Tensor | None, groups: Tensor) -> bool:
-    """Whether no query attends to a pad; bias (1 or g, k, n, n), groups (g, n) with -1 for a pad."""
+    """Whether no token attends to a pad; bias (1 or g, k, n, n), groups (g, n) with -1 for a pad."""
     if bias is None:
         return False
-    highest = bias.amax((1, 2)).expand(groups.shape)  # of each key over heads and queries
-    return bool((highest[groups < 0] < MASKED).all())
+    pad = groups < 0
+    attends = ~pad[:, None, :, None] & pad[:, None, None, :]  # g 1 n n: a token's query and a pad's key
+    return not bool((attends & ~is_masked(bias)).any())
 
 
 def folded_parameters(block: GroupedBlock) -> int:

@@ -89,6 +89,7 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
         elif tensor.dim() >= 2:
             steers = "hyper.2" in name or "alpha.0" in name  # clipped at -3 and 3: reach both ends
             gain = 5.0 if steers else 0.8 if tensor.dim() == 4 else 0.6  # no map grows, no attention is one-hot
+            gain *= 4 if ".attn.pos." in name else 1  # so that offsets differ in which of DPB's ReLUs they pass
             tensor.copy_(gain * noise / tensor[0].numel() ** 0.5)
         else:
             tensor.copy_((1.0 if name.endswith("weight") else 0.0) + 0.3 * noise)
@@ -130,8 +131,8 @@ def lsla(merging: Any = "conv", *, features_only: bool = False, **options: Any) 
         )
 
 
-# As CrossFormer++ has them; a cooling layer wants a stage of four blocks.
-PLUS = {"depths": (2, 2, 4, 1), "groups": (4, 4, 14, 7), "intervals": (4, 2, 1, 1), "cooling": True}
+# As CrossFormer++H has them: a cooling layer in the first stage, whose groups of 4 divide most maps.
+PLUS = {"depths": (4, 2, 1, 1), "groups": (4, 4, 14, 7), "intervals": (4, 2, 1, 1), "cooling": True}
 PYRAMID = {"groups": (14, 14, 7, 7), "intervals": (16, 8, 2, 1)}  # as segmenters on a feature pyramid have them
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "swin": swin,
@@ -149,7 +150,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def network(name: str, seed: int = 0) -> nn.Module:
+def attention(name: str, seed: int = 0) -> nn.Module:
     """A network of `NETWORKS` with random weights in float64."""
     return randomized(NETWORKS[name](), seed)
 
@@ -265,7 +266,7 @@ class Workshop:
     swin = staticmethod(swin)
     crossformer = staticmethod(crossformer)
     lsla = staticmethod(lsla)
-    network = staticmethod(network)
+    network = staticmethod(attention)
     blocks = staticmethod(blocks)
     randomized = staticmethod(randomized)
     normal = staticmethod(normal)
@@ -315,9 +316,9 @@ def small(request: pytest.FixtureRequest) -> MobileFormer:
 
 
 @pytest.fixture(params=NETWORKS)
-def attention(request: pytest.FixtureRequest) -> nn.Module:
-    """Each small network of grouped attention."""
-    return network(request.param)
+def network(request: pytest.FixtureRequest) -> str:
+    """The name of each small network of grouped attention."""
+    return str(request.param)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{shape_id(case[1])}")

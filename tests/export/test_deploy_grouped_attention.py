@@ -54,9 +54,10 @@ def grouped(block: GroupedBlock, height: int, width: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_network(shop: Any, attention: nn.Module, shape: tuple[Any, int, int]) -> None:
-    after, certificate = shop.certified(group_tokens, attention, DeploySpec(*shape))
-    assert certificate.places == len(shop.blocks(attention))
+def test_network(shop: Any, network: str, shape: tuple[Any, int, int]) -> None:
+    model = shop.network(network)
+    after, certificate = shop.certified(group_tokens, model, DeploySpec(*shape))
+    assert certificate.places == len(shop.blocks(model))
     assert not any(isinstance(m, BlockSequence | GroupedBlock) for m in after.modules())
     assert shop.kinds(after)["TokenBlock"] == certificate.places
     with shop.recorded() as recorder:
@@ -277,13 +278,15 @@ def test_cooling_alone(shop: Any, batch: Any) -> None:
         assert shop.difference(cooling(x.flatten(0, 1)), expected.flatten(0, 1)) < shop.exact
 
 
-def test_each_cooling_layer_finds_its_map_in_order(shop: Any) -> None:
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96), NATURAL])
+def test_each_cooling_layer_finds_its_map_in_order(shop: Any, height: int, width: int) -> None:
+    """The block before it groups 4x4 neighbours, so that its tokens come in another order."""
     model = shop.network("crossformer_plus")
-    after, _, _ = certify(group_tokens, model, DeploySpec(1, *NATURAL))
+    after, _, _ = certify(group_tokens, model, DeploySpec(1, height, width))
     assert shop.kinds(after)["Cooling"] == sum(b.ex_conv is not None for b in shop.blocks(model)) == 1
-    steps = list(after.layers[2].blocks.steps)
+    steps = list(after.layers[0].blocks.steps)
     place = next(i for i, step in enumerate(steps) if isinstance(step, Cooling))
-    assert isinstance(steps[place - 1], TokenBlock)  # a group of 14 is the whole map of 14: it is in order already
+    assert isinstance(steps[place - 1], Take) and isinstance(steps[place - 2], TokenBlock)
 
 
 # ---- masks and denormals

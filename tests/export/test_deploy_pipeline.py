@@ -21,6 +21,7 @@ from edgevit.specs import Certificate
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 ORDER = [rewrite.__name__ for rewrite in REWRITES]
+MOBILE = ORDER[: ORDER.index("group_tokens")]  # those that Mobile-Former knows; the rest are of grouped attention
 FLOAT32 = 1e-5  # relative, of a form folded in float64 and rounded once: measured at 1e-7 to 2e-6
 
 
@@ -55,7 +56,7 @@ def test_every_model(shop: Any, name: str) -> None:
     model = shop.build(name, num_classes=1000).float()
     form, certificates = holds(model, DeploySpec(1, 64, 64, cache_bytes=60_000), shop)
     grouped = CONFIGS[name].groups > 1
-    expected = [name for name in ORDER if name != "gather_shuffle" and (grouped or name != "densify_pointwise")]
+    expected = [name for name in MOBILE if name != "gather_shuffle" and (grouped or name != "densify_pointwise")]
     assert [c.rewrite for c in certificates] == expected
     rewritten = {"BatchNorm2d", "BatchNorm1d", "ChannelShuffle", "DynamicReLU", "Former", "MobileToFormer"}
     assert not (rewritten | {"FormerToMobile"}) & set(shop.kinds(form))
@@ -97,6 +98,28 @@ def test_grouped_models(shop: Any, name: str, option: str, pointwise: Any) -> No
     assert shop.kinds(form)["ChannelShuffle"] == 0
 
 
+# What a network of grouped attention goes through at one picture, by the beginning of its name.
+REWRITTEN = {
+    "swin": ["group_tokens", "branch_mlp", "gather_patches"],
+    "crossformer": ["group_tokens", "branch_mlp", "flat_embedding"],
+    "lsla": ["fold_batchnorm", "group_tokens", "branch_mlp"],
+    "lsla_features": ["fold_batchnorm", "group_tokens", "branch_mlp", "gather_patches"],
+    "vit": ["group_tokens", "fold_positions", "read_tokens_only"],
+}
+ONE_PICTURE = ["flat_embedding"]
+KNOWN_BATCH = ["branch_mlp", *ONE_PICTURE]
+
+
+@pytest.mark.parametrize(("batch", "skipped"), [(1, []), (3, ONE_PICTURE), ("dynamic", KNOWN_BATCH)])
+def test_networks_of_grouped_attention(shop: Any, network: str, batch: Any, skipped: list[str]) -> None:
+    model = shop.network(network).float()
+    form, certificates = holds(model, DeploySpec(batch, 64, 96, cache_bytes=30_000), shop)
+    key = max((name for name in REWRITTEN if network.startswith(name)), key=len)
+    assert [c.rewrite for c in certificates] == [name for name in REWRITTEN[key] if name not in skipped]
+    gone = {"BatchNorm2d", "BlockSequence", "DynamicPositionBias"} | ({"PatchMerging"} if batch == 1 else set())
+    assert not gone & set(shop.kinds(form))
+
+
 def test_a_training_model_is_deployed_in_evaluation(shop: Any) -> None:
     """Its statistics are neither used up nor updated."""
     model = shop.build("plain").float()
@@ -128,15 +151,19 @@ def test_twice_is_the_same(shop: Any) -> None:
 # ---- the proof itself
 
 
-@pytest.mark.parametrize("name", ["plain", "spatial_features"])
+# These move all of a query's scores alike, and the softmax takes them out again.
+UNSEEN = ("global_local.k.bias", "attn.k.bias", "attn.pos.pos3.2.bias")
+
+
+@pytest.mark.parametrize("name", ["plain", "spatial_features", "swin", "crossformer_plus", "lsla", "vit_distilled"])
 def test_every_parameter_moves_the_output(shop: Any, name: str) -> None:
     """A relative change of 1e-3 in any one tensor is seen: no rewrite can be wrong unnoticed."""
-    model, image = shop.build(name), shop.normal(1, 3, 32, 64)
+    model, image = shop.network(name) if name in shop.networks else shop.build(name), shop.normal(1, 3, 32, 64)
     expected = model(image)
     unseen = []
     for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point() or key.endswith("global_local.k.bias"):
-            continue  # the keys' bias moves a position's scores for all tokens alike: the softmax takes it out again
+        if not tensor.is_floating_point() or key.endswith(UNSEEN):
+            continue
         kept = tensor.clone()
         tensor.mul_(1 + 1e-3 * shop.normal(*tensor.shape, seed=5))
         if not shop.difference(model(image), expected) > 10 * MAX_REL:

@@ -12,7 +12,14 @@ from torch import Tensor
 from edgevit.export.deploy import DeploySpec, deploy, position_bias
 from edgevit.export.deploy.certificate import certify
 from edgevit.export.deploy.grouped_attention import GroupedAttention, group_tokens
-from edgevit.export.deploy.position_bias import MASK, MASKED, MERGE_BYTES, LogitBias, folded_parameters, masks_pads
+from edgevit.export.deploy.position_bias import (
+    GAP,
+    MASK,
+    MERGE_BYTES,
+    LogitBias,
+    folded_parameters,
+    masks_pads,
+)
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -54,7 +61,7 @@ def test_masked_softmax(shop: Any, monkeypatch: pytest.MonkeyPatch, value: float
     for form in forms(bias, monkeypatch, one_picture=pictures == 1):
         actual = form(logits).softmax(-1)
         assert shop.difference(actual, weights(bias, logits)) < 1e-12
-        hidden = (bias < MASKED).repeat(pictures, 1, 1, 1)
+        hidden = (bias < -GAP).repeat(pictures, 1, 1, 1)
         assert not actual[hidden].any()
         assert actual[~hidden].all()
 
@@ -70,8 +77,8 @@ def test_what_is_stored(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert torch.equal(split.bias, learnt(shop))
     assert set(split.mask.unique().tolist()) == {MASK, 0.0}
-    assert torch.equal(merged.bias < MASKED, bias < MASKED)
-    assert torch.equal(merged.bias[bias >= MASKED], bias[bias >= MASKED])
+    assert torch.equal(merged.bias < -GAP, bias < -GAP)
+    assert torch.equal(merged.bias[bias >= -GAP], bias[bias >= -GAP])
 
 
 def test_a_key_that_every_group_masks(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
