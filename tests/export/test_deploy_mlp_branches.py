@@ -41,13 +41,16 @@ def test_what_is_left_whole(shop: Any, batch: Any, budget: int | None) -> None:
     assert branch_mlp(form, spec) == (form, 0, ())
 
 
-def test_only_the_large(shop: Any) -> None:
-    """Tokens of the four stages: 384, 96, 24, 6, of 128, 256, 512, 1024 hidden channels."""
-    spec = DeploySpec(1, 64, 96, cache_bytes=BYTES * 96 * 256 // LARGE)  # the second stage is just not too large
+@pytest.mark.parametrize(("batch", "stages"), [(1, 1), (3, 2)])
+def test_only_the_large(shop: Any, batch: int, stages: int) -> None:
+    """Tokens of the four stages: 384, 96, 24, 6, of 128, 256, 512, 1024 hidden channels; all pictures count."""
+    budget = BYTES * 96 * 256 // LARGE  # the second stage of one picture is just not too large
+    spec = DeploySpec(batch, 64, 96, cache_bytes=budget)
     form = shop.prepared(branch_mlp, shop.network("swin"), spec)
     after, places, _ = branch_mlp(form, spec)
-    assert places == 2
-    assert all(isinstance(step.mlp, MlpBranches) for step in after.layers[0].blocks.steps if hasattr(step, "mlp"))
+    assert places == 2 * stages
+    for layer in after.layers[:stages]:
+        assert all(isinstance(step.mlp, MlpBranches) for step in layer.blocks.steps if hasattr(step, "mlp"))
 
 
 def test_a_weight_that_each_branch_would_read_again_is_not_split(shop: Any) -> None:
