@@ -21,7 +21,7 @@ from edgevit.errors import ExportError
 SHORT_AXIS = 16  # entries: below it a softmax kernel spends its time on row overhead, not on exponentials
 LARGE_SOFTMAX = 4096  # elements from which five small operators beat the slow softmax (35 against 172 us at 37,632)
 BLOCK = 16  # channels in a block of ONNX Runtime's convolutions on a 512-bit machine; fewer leave lanes idle
-ATTENTION_OPSET = 23  # the first with the operator Attention
+ATTENTION_OPSET, ATTENTION_IR = 23, 11  # the first with the operator Attention, and the file format it came with
 MANY_POSITIONS = 196  # 14x14, where a Gemm and the blocked convolution are even; at 7x7 the convolution wins
 
 
@@ -188,6 +188,7 @@ class FuseAttention(passes.InPlacePass):
         if found:
             version = model.graph.opset_imports.get("") or 0
             model.graph.opset_imports[""] = max(version, ATTENTION_OPSET)  # 21 to 23 gave old operators only new types
+            model.ir_version = max(model.ir_version, ATTENTION_IR)
         return passes.PassResult(model, bool(found))
 
 
