@@ -212,8 +212,12 @@ def _attention_parts(node: ir.Node) -> tuple[list[ir.Node], ir.Value | None] | N
     if any(t is None or not _permutes(t, perm) for t, (_, perm) in zip(heads, ends, strict=True)):
         return None
     sources = [_only(t.inputs[0], "Reshape") for t in heads if t is not None]
-    known = [r for r in sources if r is not None and _head_shape(r) is not None]
-    return (known, bias) if len(known) == 3 else None
+    known = [(r, shape) for r in sources if r is not None and (shape := _head_shape(r)) is not None]
+    if len(known) != 3:
+        return None
+    pairs = known[0][1][1], known[1][1][1]  # a bias must name each query and key, which ONNX Runtime does not spread
+    spreads = bias is not None and bias.const_value is not None and tuple(bias.const_value.shape)[2:] != pairs
+    return None if spreads else ([r for r, _ in known], bias)
 
 
 def _attention(node: ir.Node, sources: Sequence[ir.Node], bias: ir.Value | None) -> Tape:

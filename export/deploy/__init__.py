@@ -34,11 +34,11 @@ REWRITES: tuple[Rewrite, ...] = (
     gather_shuffle,  # the shuffles that densify_pointwise and branch_hidden left
     merge_token_stream,  # after those before it: it merges across what they left behind
     group_tokens,  # the attention families; of the rewrites above only fold_batchnorm touches them
-    branch_mlp,  # after group_tokens
     gather_patches,
     flat_embedding,
     fold_positions,
     read_tokens_only,  # after group_tokens: it replaces a block of that form
+    branch_mlp,  # after read_tokens_only: the few tokens that it leaves need no branches
 )
 
 

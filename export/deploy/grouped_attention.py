@@ -126,6 +126,7 @@ class TokenBlock(nn.Module):
         spec: DeploySpec,
     ) -> None:
         super().__init__()
+        self.tokens = len(order)
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
         self.attn = GroupedAttention(block, groups, bias, order, size, spec)
 

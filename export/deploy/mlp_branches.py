@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from edgevit.models.layers import Mlp
 
 from .certificate import Changed, DeploySpec
-from .grouped_attention import TokenBlock, TokenBlocks
+from .grouped_attention import TokenBlock
 
 BYTES = 4  # of a float32, the widest activation that is deployed
 # Of a cache budget: hidden activations from which branches pay, and the most that a weight may have, since each branch
@@ -16,6 +16,7 @@ BYTES = 4  # of a float32, the widest activation that is deployed
 # second (2.3 MiB) 4.2, 3.9, 3.6, 3.6; its third (1.1 MiB, weights of 2.3 MiB) 3.6, 4.0, 4.1, 4.0.
 LARGE = 3
 WEIGHT = 2
+MOST = 64  # branches of one MLP: a very large map makes them wider, not the graph endless
 
 
 def branch_mlp(model: nn.Module, spec: DeploySpec) -> Changed:
@@ -24,20 +25,18 @@ def branch_mlp(model: nn.Module, spec: DeploySpec) -> Changed:
     Without a budget, or with a batch that is not known, nothing is split.
 
     Given:  after `group_tokens`: fc2(gelu(fc1(x))) whose hidden activations are larger than LARGE budgets
-    Result: cat over branches i of fc2(gelu(fc1(x_i))), none larger than the budget
+    Result: cat over branches i of fc2(gelu(fc1(x_i))), none larger than the budget, as far as MOST branches reach
     """
     if spec.cache_bytes is None or spec.batch == "dynamic":
         return model, 0, ()
     places = 0
-    for blocks in [m for m in model.modules() if isinstance(m, TokenBlocks)]:
-        for step in blocks.steps:
-            if not isinstance(step, TokenBlock) or not isinstance(step.mlp, Mlp):
-                continue
-            hidden = BYTES * spec.batch * blocks.tokens * step.mlp.fc1.out_features
-            weight = BYTES * step.mlp.fc1.weight.numel()
-            if hidden > LARGE * spec.cache_bytes and weight <= WEIGHT * spec.cache_bytes:
-                step.mlp = MlpBranches(step.mlp, -(-hidden // spec.cache_bytes))  # type: ignore[assignment]  # same call
-                places += 1
+    for block in [m for m in model.modules() if isinstance(m, TokenBlock) and isinstance(m.mlp, Mlp)]:
+        tokens, width = spec.batch * block.tokens, BYTES * block.mlp.fc1.out_features
+        weight = BYTES * block.mlp.fc1.weight.numel()
+        if tokens * width > LARGE * spec.cache_bytes and weight <= WEIGHT * spec.cache_bytes:
+            share = max(spec.cache_bytes // width, -(-tokens // MOST), 1)  # tokens that a branch holds
+            block.mlp = MlpBranches(block.mlp, -(-tokens // share))  # type: ignore[assignment]  # same call
+            places += 1
     return model, places, ()
 
 

@@ -76,7 +76,7 @@ class Widest(nn.Module):
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 13])
 def test_branches_take_each_token_once(shop: Any, tokens: int, count: int) -> None:
     form = MlpBranches(Mlp(3, 4), count)
-    form.mlp = widest = Widest()  # type: ignore[assignment]
+    form.mlp = widest = Widest()  # type: ignore[assignment]  # same call
     x = shop.normal(tokens, 3)
     assert (form(x) == 2 * x).all()
     assert sum(widest.rows) == tokens
@@ -93,7 +93,7 @@ def test_no_branch_is_larger_than_the_budget(shop: Any, budget: int) -> None:
     for branches in branched(after):
         hidden = branches.mlp.fc1.out_features
         branches.mlp.fc1.register_forward_hook(
-            lambda _, args, __, hidden=hidden: rows.append(args[0].shape[0] * hidden * BYTES)  # type: ignore[misc]
+            lambda _, args, __, hidden=hidden: rows.append(args[0].shape[0] * hidden * BYTES)  # type: ignore[misc]  # bound now
         )
     rows: list[int] = []
     after(shop.normal(1, 3, 64, 96))

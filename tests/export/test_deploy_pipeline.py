@@ -110,8 +110,19 @@ ONE_PICTURE = ["flat_embedding"]
 KNOWN_BATCH = ["branch_mlp", *ONE_PICTURE]
 
 
-@pytest.mark.parametrize(("batch", "skipped"), [(1, []), (3, ONE_PICTURE), ("dynamic", KNOWN_BATCH)])
-def test_networks_of_grouped_attention(shop: Any, network: str, batch: Any, skipped: list[str]) -> None:
+def test_networks_of_grouped_attention(shop: Any, network: str) -> None:
+    grouped_attention_holds(shop, network, 1, [])
+
+
+@pytest.mark.parametrize("name", ["swin", "crossformer_plus", "lsla_features", "vit_distilled"])
+@pytest.mark.parametrize(("batch", "skipped"), [(3, ONE_PICTURE), ("dynamic", KNOWN_BATCH)])
+def test_networks_of_grouped_attention_at_several_pictures(
+    shop: Any, name: str, batch: Any, skipped: list[str]
+) -> None:
+    grouped_attention_holds(shop, name, batch, skipped)
+
+
+def grouped_attention_holds(shop: Any, network: str, batch: Any, skipped: list[str]) -> None:
     model = shop.network(network).float()
     form, certificates = holds(model, DeploySpec(batch, 64, 96, cache_bytes=30_000), shop)
     key = max((name for name in REWRITTEN if network.startswith(name)), key=len)

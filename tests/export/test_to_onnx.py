@@ -235,10 +235,12 @@ def _exported(model: torch.nn.Module, batch: Any, size: tuple[int, int], outputs
 
 
 SMALL = [
-    *((name, "dynamic", (64, 96)) for name in ("swin", "crossformer", "lsla_features", "vit", "vit_distilled")),
-    *((name, 3, (96, 64)) for name in ("swin_features", "crossformer_old_features", "lsla", "vit_distilled")),
-    ("crossformer_plus", "dynamic", (32, 32)),
-    ("crossformer_old", 1, (64, 96)),
+    *(
+        (name, "dynamic", (64, 96))
+        for name in ("swin_features", "crossformer", "lsla_features", "vit", "vit_distilled")
+    ),
+    *((name, 3, (96, 64)) for name in ("crossformer_old_features", "lsla", "vit_distilled")),
+    ("crossformer_plus", 1, (64, 96)),
     ("swin", 1, (64, 96)),
     ("vit", 1, (16, 16)),
 ]
