@@ -100,10 +100,10 @@ def test_grouped_models(shop: Any, name: str, option: str, pointwise: Any) -> No
 
 # What a network of grouped attention goes through at one picture, by the beginning of its name.
 REWRITTEN = {
-    "swin": ["group_tokens", "branch_mlp", "gather_patches"],
-    "crossformer": ["group_tokens", "branch_mlp", "flat_embedding"],
+    "swin": ["group_tokens", "gather_patches", "branch_mlp"],
+    "crossformer": ["group_tokens", "flat_embedding", "branch_mlp"],
     "lsla": ["fold_batchnorm", "group_tokens", "branch_mlp"],
-    "lsla_features": ["fold_batchnorm", "group_tokens", "branch_mlp", "gather_patches"],
+    "lsla_features": ["fold_batchnorm", "group_tokens", "gather_patches", "branch_mlp"],
     "vit": ["group_tokens", "fold_positions", "read_tokens_only"],
 }
 ONE_PICTURE = ["flat_embedding"]
