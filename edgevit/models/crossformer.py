@@ -34,10 +34,12 @@ from .layers import (
     Features,
     GroupedBlock,
     Mlp,
+    SelfAttention,
     constant,
     init_weights,
     relative_offsets,
     relative_position_index,
+    spread_over_pairs,
     window_merge,
     window_partition,
 )
@@ -154,39 +156,22 @@ class DynamicPositionBias(nn.Module):
         return out
 
 
-class GroupAttention(nn.Module):
-    """Multi-head self-attention inside groups, with a bias for each relative position."""
+class GroupAttention(SelfAttention):
+    """Self-attention inside groups, with a bias for each relative position."""
 
     def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.scale = (dim // heads) ** -0.5
+        super().__init__(dim, heads)
         self.pos = DynamicPositionBias(dim, heads)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
 
     def position_bias(self, rows: int, columns: int) -> Tensor:
         """(k, n, n) for groups of `rows` x `columns`."""
-        like = self.pos.pos_proj.weight
-        table = self.pos(constant(relative_offsets(rows, columns), like))  # m 2 -> m k
-        index = constant(relative_position_index(rows, columns), like)
-        bias: Tensor = table[index.view(-1)].view(rows * columns, rows * columns, -1)
-        return bias.permute(2, 0, 1).contiguous()  # n n k -> k n n
+        offsets = constant(relative_offsets(rows, columns), self.pos.pos_proj.weight)
+        return spread_over_pairs(self.pos(offsets), relative_position_index(rows, columns))  # m 2 -> m k -> k n n
 
     def forward(self, x: Tensor, lay: Grouping, mask: Tensor | None) -> Tensor:
         """x (b*g, n, c), mask (g, n) of the keys -> (b*g, n, c)."""
-        _, n, c = x.shape
-        qkv = self.qkv(x).reshape(-1, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # 3 b*g k n d
-        q, key, value = qkv[0], qkv[1], qkv[2]
-        logits = (q * self.scale) @ key.transpose(-2, -1)  # b*g k n n
-        logits = logits + self.position_bias(lay.rows, lay.columns).unsqueeze(0)
-        if mask is not None:
-            g = mask.shape[0]
-            logits = logits.view(-1, g, self.heads, n, n) + mask.view(1, g, 1, 1, n)
-            logits = logits.view(-1, self.heads, n, n)
-        attended = (logits.softmax(-1) @ value).transpose(1, 2).reshape(-1, n, c)  # b*g k n d -> b*g n c
-        out: Tensor = self.proj(attended)
-        return out
+        bias = self.position_bias(lay.rows, lay.columns)
+        return self.attend(x, bias, None if mask is None else mask.unsqueeze(1))
 
 
 class CrossFormerBlock(GroupedBlock):

@@ -8,6 +8,7 @@ Symbols: b batch, h w height and width in tokens, c channels, g groups, n tokens
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -45,7 +46,33 @@ class Features(NamedTuple):
     feature3: Tensor
 
 
-class GroupedBlock(nn.Module):
+class SelfAttention(nn.Module):
+    """Multi-head self-attention inside groups of tokens, q, k and v from one Linear."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (dim // heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def attend(self, x: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (b*g, n, c), bias (k, n, n), mask (g, n, n) or (g, 1, n) of the keys -> (b*g, n, c)."""
+        _, n, c = x.shape
+        qkv = self.qkv(x).reshape(-1, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # 3 b*g k n d
+        q, key, value = qkv[0], qkv[1], qkv[2]
+        logits = (q * self.scale) @ key.transpose(-2, -1)  # b*g k n n
+        if bias is not None:
+            logits = logits + bias.unsqueeze(0)
+        if mask is not None:
+            logits = logits.view(-1, len(mask), self.heads, n, n) + mask.unsqueeze(1).unsqueeze(0)
+            logits = logits.view(-1, self.heads, n, n)
+        attended = (logits.softmax(-1) @ value).transpose(1, 2).reshape(-1, n, c)  # b*g k n d -> b*g n c
+        out: Tensor = self.proj(attended)
+        return out
+
+
+class GroupedBlock(nn.Module, ABC):
     """A pre-norm transformer block whose attention stays within groups of tokens; what the deploy form relies on.
 
     The function is x + proj(attention(partition(norm1(x)))) put back in its place, then x + mlp(norm2(x)), then, in
@@ -63,9 +90,9 @@ class GroupedBlock(nn.Module):
         self.ex_conv: nn.Conv2d | None = None
         self.ex_ln: nn.LayerNorm | None = None
 
+    @abstractmethod
     def partition(self, x: Tensor) -> Tensor:
         """x (b, h, w, c) -> (b*g, n, c), the members of each group; zero where a group is padded."""
-        raise NotImplementedError
 
     def scale(self, height: int, width: int) -> Tensor | float:  # noqa: ARG002  # for networks that learn it by place
         """What the logits are multiplied with before a bias: a number, or (1, k, n, n)."""
@@ -137,6 +164,13 @@ def relative_position_index(rows: int, columns: int, table_rows: int = 0, table_
     y, x = (axis.reshape(-1) for axis in np.mgrid[:rows, :columns])
     dy, dx = y[:, None] - y + reach_y, x[:, None] - x + reach_x
     return (dy * (2 * reach_x + 1) + dx).astype(np.int64)
+
+
+def spread_over_pairs(table: Tensor, index: NDArray[np.int64]) -> Tensor:
+    """A table by relative position (m, k) as one by pair of tokens (k, n, n); index (n, n) says which row."""
+    n = len(index)
+    pairs = table[constant(index, table).view(-1)].view(n, n, -1)
+    return pairs.permute(2, 0, 1).contiguous()  # n n k -> k n n
 
 
 def resize_bias_table(table: Tensor, rows: int) -> Tensor:

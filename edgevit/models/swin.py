@@ -31,11 +31,13 @@ from .layers import (
     Features,
     GroupedBlock,
     Mlp,
+    SelfAttention,
     constant,
     init_weights,
     pad_to_multiple,
     relative_position_index,
     resize_bias_table,
+    spread_over_pairs,
     window_merge,
     window_partition,
 )
@@ -83,39 +85,23 @@ def shift_mask(height: int, width: int, lay: Frame) -> NDArray[np.float32] | Non
     return np.where(label[:, :, None] == label[:, None, :], 0.0, MASKED).astype(np.float32)
 
 
-class WindowAttention(nn.Module):
-    """Multi-head self-attention inside windows, with a learnt bias for each relative position."""
+class WindowAttention(SelfAttention):
+    """Self-attention inside windows, with a learnt bias for each relative position."""
 
     def __init__(self, dim: int, window: int, heads: int) -> None:
-        super().__init__()
-        self.window, self.heads = window, heads
-        self.scale = (dim // heads) ** -0.5
+        super().__init__(dim, heads)
+        self.window = window
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=INIT_STD)
 
     def position_bias(self, rows: int, columns: int) -> Tensor:
         """(k, n, n) for windows of `rows` x `columns`."""
-        table = self.relative_position_bias_table
-        index = constant(relative_position_index(rows, columns, self.window, self.window), table)
-        bias = table[index.view(-1)].view(rows * columns, rows * columns, -1)
-        return bias.permute(2, 0, 1).contiguous()  # n n k -> k n n
+        index = relative_position_index(rows, columns, self.window, self.window)
+        return spread_over_pairs(self.relative_position_bias_table, index)
 
     def forward(self, x: Tensor, lay: Frame, mask: Tensor | None) -> Tensor:
         """x (b*g, n, c), mask (g, n, n) -> (b*g, n, c)."""
-        _, n, c = x.shape
-        qkv = self.qkv(x).reshape(-1, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # 3 b*g k n d
-        q, key, value = qkv[0], qkv[1], qkv[2]
-        logits = (q * self.scale) @ key.transpose(-2, -1)  # b*g k n n
-        logits = logits + self.position_bias(lay.rows, lay.columns).unsqueeze(0)
-        if mask is not None:
-            g = mask.shape[0]
-            logits = logits.view(-1, g, self.heads, n, n) + mask.unsqueeze(1).unsqueeze(0)
-            logits = logits.view(-1, self.heads, n, n)
-        attended = (logits.softmax(-1) @ value).transpose(1, 2).reshape(-1, n, c)  # b*g k n d -> b*g n c
-        out: Tensor = self.proj(attended)
-        return out
+        return self.attend(x, self.position_bias(lay.rows, lay.columns), mask)
 
 
 class WindowBlock(GroupedBlock):

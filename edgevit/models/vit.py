@@ -26,7 +26,7 @@ from edgevit.checkpoint import replace_classifier
 from edgevit.errors import UsageError
 from edgevit.specs import MAX_SIDE, ImageSpec, ModelCard
 
-from .layers import INIT_STD, BlockSequence, GroupedBlock, Mlp, init_weights
+from .layers import INIT_STD, BlockSequence, GroupedBlock, Mlp, SelfAttention, init_weights
 
 PATCH = 16
 HEAD_WIDTH = 64
@@ -35,32 +35,13 @@ MLP_RATIO = 4
 EPS = 1e-6  # of every LayerNorm here; PyTorch's own default is 1e-5
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention of all tokens."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.scale = (dim // heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (b, n, c) -> (b, n, c)."""
-        _, n, c = x.shape
-        qkv = self.qkv(x).reshape(-1, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # 3 b k n d
-        q, key, value = qkv[0], qkv[1], qkv[2]
-        out = ((q * self.scale) @ key.transpose(-2, -1)).softmax(-1) @ value
-        return self.proj(out.transpose(1, 2).reshape(-1, n, c))  # b k n d -> b n c
-
-
 class ViTBlock(GroupedBlock):
     """LayerNorm, attention, residual; LayerNorm, MLP, residual. The whole sequence is one group."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, EPS)
-        self.attn = Attention(dim, heads)
+        self.attn = SelfAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, EPS)
         self.mlp = Mlp(dim, MLP_RATIO * dim)
 
@@ -71,7 +52,7 @@ class ViTBlock(GroupedBlock):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """x (b, n, c), height 1 and width n -> (b, n, c)."""
         groups = self.partition(self.norm1(x).view(-1, height, width, x.shape[-1]))
-        x = x + self.attn(groups)
+        x = x + self.attn.attend(groups)
         return x + self.mlp(self.norm2(x))
 
 

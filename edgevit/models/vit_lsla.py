@@ -34,6 +34,7 @@ from .layers import (
     init_weights,
     relative_position_index,
     resize_bias_table,
+    spread_over_pairs,
 )
 from .swin import BUFFERS, HEAD_WIDTH, MAX_WINDOW, PatchMerging, WindowBlock
 
@@ -95,10 +96,7 @@ class LslaAttention(nn.Module):
         return None if self.outer_bias_table is None else self._spread(self.outer_bias_table, rows, columns)
 
     def _spread(self, table: Tensor, rows: int, columns: int) -> Tensor:
-        """A table by relative position ((2m-1)^2, k) as one by pair of tokens (k, n, n)."""
-        index = constant(relative_position_index(rows, columns, self.window, self.window), table)
-        pairs = table[index.view(-1)].view(rows * columns, rows * columns, -1)
-        return pairs.permute(2, 0, 1).contiguous()  # n n k -> k n n
+        return spread_over_pairs(table, relative_position_index(rows, columns, self.window, self.window))
 
     def _split(self, x: Tensor) -> Tensor:
         """x (b*g, n, c) -> (b*g, k, n, d)."""

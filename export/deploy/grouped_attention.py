@@ -17,7 +17,7 @@ from edgevit.models.layers import BlockSequence, GroupedBlock
 
 from .certificate import Changed, DeploySpec
 from .linear import affine, make_linear
-from .position_bias import LogitBias, folded_parameters, masks_pads
+from .position_bias import LogitBias, add_by_group, folded_parameters, masks_pads
 from .take import Take
 from .token_sizes import token_sizes
 
@@ -207,7 +207,7 @@ class GroupedAttention(nn.Module):
             logits = logits * self.scale
         weights = (logits if self.bias is None else self.bias(logits)).softmax(-1)
         if self.outer is not None:
-            weights = self._add_outer(weights, self.outer)
+            weights = add_by_group(weights, self.outer, self.groups, one_picture=self.one_picture)
         out = self.join(weights @ v)
         if self.pads is not None:
             out = self.pads.leave(out)
@@ -225,11 +225,6 @@ class GroupedAttention(nn.Module):
     def join(self, out: Tensor) -> Tensor:
         """out (b*g, k, n, d) -> (b*g*n, c)."""
         return out.transpose(1, 2).reshape(-1, self.heads * out.shape[3])
-
-    def _add_outer(self, weights: Tensor, outer: Tensor) -> Tensor:
-        if self.one_picture or outer.shape[0] == 1:
-            return weights + outer
-        return (weights.view(-1, self.groups, *weights.shape[1:]) + outer).flatten(0, 1)
 
 
 def _projections(attn: Any, scale: float) -> tuple[nn.Linear, nn.Linear | None, nn.Linear | None]:

@@ -41,11 +41,16 @@ class LogitBias(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         """logits (b*g, k, n, n) -> the same."""
         for term in (self.bias, self.mask):
-            if term is not None and (self.one_picture or term.shape[0] == 1):
-                logits = logits + term
-            elif term is not None:
-                logits = (logits.view(-1, self.groups, *logits.shape[1:]) + term).flatten(0, 1)
+            if term is not None:
+                logits = add_by_group(logits, term, self.groups, one_picture=self.one_picture)
         return logits
+
+
+def add_by_group(x: Tensor, term: Tensor, groups: int, *, one_picture: bool) -> Tensor:
+    """x (b*g, k, n, n) plus what each of the `groups` of every picture gets, term (1 or g, k or 1, n, n)."""
+    if one_picture or len(term) == 1:
+        return x + term
+    return (x.view(-1, groups, *x.shape[1:]) + term).flatten(0, 1)
 
 
 def is_masked(bias: Tensor) -> Tensor:
