@@ -10,8 +10,11 @@ PHOTOGRAPH := edgevit/photos/astronaut.jpg
 MODELS = $$($(VENV)/bin/edgevit list)
 RUNTIME := ort
 DURATION := 20
+TARGETS := openvino tensorrt coreml
+PRECISIONS := fp32 fp16
+GPU := sm89
 
-.PHONY: help test test-slow lint demo bench-naive bench-pointwise constraints clean distclean
+.PHONY: help test test-slow lint demo exports bench-naive bench-pointwise constraints clean distclean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -31,6 +34,12 @@ demo: $(READY) ## set up, then export a network, verify it, classify a photograp
 	$(VENV)/bin/edgevit verify $(ARTIFACT)
 	$(VENV)/bin/edgevit run $(ARTIFACT) $(PHOTOGRAPH)
 	$(VENV)/bin/edgevit bench $(ARTIFACT) --threads 1
+
+exports: $(READY) ## export MODELS to TARGETS in PRECISIONS, each compared with the reference; GPU=sm89 for the engines
+	for model in $(MODELS); do for target in $(TARGETS); do for precision in $(PRECISIONS); do \
+		option=; [ $$target != tensorrt ] || option="--gpu $(GPU)"; \
+		$(VENV)/bin/edgevit export $$model --to $$target --precision $$precision $$option --out dist --force || exit 1; \
+	done; done; done
 
 bench-naive: $(READY) ## race each deploy form against the plain export of the same network; RUNTIME=ov on OpenVINO
 	for model in $(MODELS); do \

@@ -134,6 +134,25 @@ def count_onnx(model: str | Path | onnx.ModelProto) -> Complexity:
     )
 
 
+def macs_by_node(model: str | Path | onnx.ModelProto) -> dict[str, int]:
+    """Multiply-accumulates of each node that has some, by its name, or its first output's where it has none.
+
+    Their sum is `count_onnx(model).macs`. Raises what `count_onnx` raises.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else _load(Path(model)))
+    _fix_batch(proto)
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.ClearField("raw_data")  # shapes do not depend on weights, and inferring them copies all of it
+    graph = _Graph(_infer(proto))
+    nodes = [node for node in _live_nodes(graph) if _kind(node) in COUNTERS]
+    macs = Counter[str]()
+    for node in nodes:
+        macs[node.name or node.output[0]] += COUNTERS[_kind(node)](graph, node)
+    return dict(macs)
+
+
 def count_module(model: nn.Module, image_size: tuple[int, int]) -> ModuleCount:
     """Count a module that takes images (1, 3, h, w), `image_size` being (h, w), by running a copy of it in eval mode.
 

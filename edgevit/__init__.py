@@ -1,4 +1,4 @@
-"""edgevit: vision transformers on edge devices. Export, verify, run, benchmark.
+"""edgevit: vision transformers on edge devices. Export, lint, verify, run, profile, benchmark.
 
 Importing this package imports neither PyTorch nor any runtime; the names below load what they need when first used.
 """
@@ -8,7 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgevit.api import benchmark, doctor, export_model, info, list_models, load, predict, verify
+    from edgevit.api import (
+        benchmark,
+        doctor,
+        export_model,
+        info,
+        ingest,
+        lint,
+        list_models,
+        load,
+        predict,
+        profile,
+        verify,
+    )
     from edgevit.artifact import Artifact
     from edgevit.errors import EdgevitError
     from edgevit.models import create_model
@@ -23,9 +35,12 @@ _HOMES = {
     "doctor": "edgevit.api",
     "export_model": "edgevit.api",
     "info": "edgevit.api",
+    "ingest": "edgevit.api",
+    "lint": "edgevit.api",
     "list_models": "edgevit.api",
     "load": "edgevit.api",
     "predict": "edgevit.api",
+    "profile": "edgevit.api",
     "verify": "edgevit.api",
 }
 
@@ -38,9 +53,12 @@ __all__ = [
     "doctor",
     "export_model",
     "info",
+    "ingest",
+    "lint",
     "list_models",
     "load",
     "predict",
+    "profile",
     "verify",
 ]
 

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from edgevit.contracts import Built
 from edgevit.errors import ArtifactError, OutputError, UsageError
 from edgevit.manifest import BY_SIZE, MANIFEST, SAMPLE, SCHEMA_VERSION, os_reason, read_manifest
+from edgevit.options import as_json
 from edgevit.specs import Complexity, ExportSpec, ImageSpec, Parity, Size, as_size, size_list, size_text
 
 CHUNK = 1 << 20  # bytes hashed at a time
@@ -50,6 +51,11 @@ class Artifact:
     def model_file(self) -> Path:
         """The file that the target's runtime loads."""
         return self.path / str(self.manifest["model_file"])
+
+    @property
+    def checked_file(self) -> Path:
+        """The file that was compared with the reference: the model file, or what it was built from."""
+        return self.path / str(self.manifest["checked_file"])
 
     @property
     def name(self) -> str:
@@ -119,19 +125,20 @@ class Proven:
 
     built: Built
     parity: Parity
-    complexity: Complexity | None
+    complexity: Complexity
     sample: str
 
     def record(self) -> dict[str, Any]:
         """The manifest's fields that each size has: those of BY_SIZE."""
         return {
             "model_file": self.built.model_file,
+            "checked_file": self.built.checked_file,
             "inputs": [dataclasses.asdict(tensor) for tensor in self.built.inputs],
             "outputs": [dataclasses.asdict(tensor) for tensor in self.built.outputs],
             "choices": dict(self.built.choices),
             "parity": self.parity.record(),
             "certificates": [dataclasses.asdict(certificate) for certificate in self.built.certificates],
-            "complexity": None if self.complexity is None else dataclasses.asdict(self.complexity),
+            "complexity": dataclasses.asdict(self.complexity),
         }
 
 
@@ -150,6 +157,7 @@ def describe_export(spec: ExportSpec, image: ImageSpec, sizes: Mapping[Size, Pro
         "features_only": spec.features_only,
         "num_classes": spec.num_classes,
         "options": dict(spec.options),
+        "settings": as_json(spec.settings),
         "calibration": None,
         "seed": spec.seed,
         **({"resolutions": resolutions} if len(sizes) > 1 else {}),

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
-from edgevit.specs import Certificate, ExportSpec, ModelCard, TensorSpec
+from edgevit.specs import Ability, Certificate, ExportSpec, ModelCard, OperatorTime, TensorSpec
 
 if TYPE_CHECKING:
+    import onnx
     from torch import Tensor, nn
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -23,9 +24,19 @@ class Runtime(Protocol):
     Buffers: `run` never keeps or changes its inputs, and what it returns is the caller's to keep. A runtime may trust
     its inputs: names, shapes and types are checked in one place, `edgevit.runtimes.Session`, through which all
     runtimes are used.
+
+    OPTIONS: a frozen dataclass of what it takes beside (device, streams, ...); every field has a default.
     """
 
     name: str
+    OPTIONS: type[Any]
+
+    def __init__(self, path: Path, threads: int | None = None, precision: str = "fp32", options: Any = None) -> None:
+        """Note what to run, and in which precision; `threads` and `options` are its own choice where None."""
+
+    @classmethod
+    def obstacle(cls) -> str | None:
+        """Why nothing can be run with it on this machine and what to do, or None."""
 
     def load(self) -> None:
         """Make ready to run; called once."""
@@ -39,6 +50,10 @@ class Runtime(Protocol):
         """What `run` returns, known after `load`."""
 
     @property
+    def asked_precision(self) -> str:
+        """What the precision asked for means on this device: float16 weights may have to be computed in "fp32"."""
+
+    @property
     def effective_precision(self) -> str:
         """The precision that really runs, read back from what was loaded: "fp32", "bf16", ..."""
 
@@ -48,30 +63,39 @@ class Runtime(Protocol):
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by name."""
 
+    def profile(self, inputs: Arrays, runs: int) -> tuple[OperatorTime, ...]:
+        """What each executed operator took, averaged over `runs`; RuntimeFailure where this runtime cannot tell."""
+
     def close(self) -> None:
         """Release the model; may be called twice."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What an exporter made for one image size: the file that the runtime loads, its signature, how it came about.
+    """What an exporter made for one image size: files, signature, how it came about.
 
-    `onnx_file` is the graph on which complexity is counted, where the target has one.
+    `model_file` is what the target's runtime loads; a name may be that of a directory. `checked_file` is what the
+    exporter's checker runs here: the same file, or the one that the first was built from. `graph` is the deploy form
+    as an ONNX graph, on which complexity is counted and rules are checked. `notes` is what the user must be told.
     """
 
     model_file: str
-    onnx_file: str | None
+    checked_file: str
+    graph: onnx.ModelProto
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     certificates: tuple[Certificate, ...]
-    choices: Mapping[str, str]
+    choices: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class Exporter(Protocol):
     """Turns a reference module into a target's files.
 
-    `runtime` names the registered runtime that can run them here; `precisions` lists what `ExportSpec.precision` may
-    be. `export` writes only below `directory` and raises ExportError; it does not change `model`.
+    `runtime` names the registered runtime that runs them on the device; `checker` the one that runs
+    `Built.checked_file` on any machine, so that every export ends with a comparison. `precisions` lists what
+    `ExportSpec.precision` may be, OPTIONS is a frozen dataclass of what the target takes beside, each with a default.
+    `export` writes only below `directory` and raises ExportError; it does not change `model`.
 
     Several image sizes come in one call, because how files share weights is the target's affair: graphs beside a common
     weight file (ONNX), one package that holds every shape (CoreML), or nothing in common (a TensorRT engine). Each size
@@ -80,7 +104,10 @@ class Exporter(Protocol):
 
     name: str
     runtime: str
+    checker: str
     precisions: tuple[str, ...]
+    naive_suffix: str
+    OPTIONS: type[Any]
 
     def export(
         self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
@@ -91,7 +118,16 @@ class Exporter(Protocol):
         """
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
-        """Write what the target's own exporter makes of the same reference form: the baseline of `bench --vs naive`."""
+        """Write what the target's own exporter makes of the same reference form: the baseline of `bench --vs naive`.
+
+        `path` ends in `naive_suffix`.
+        """
+
+    def lint_for(self, settings: Any) -> tuple[str, ...]:
+        """The lint profiles that an export with these OPTIONS has to meet, e.g. ("tensorrt-8.6", "tensorrt-11")."""
+
+    def abilities(self) -> tuple[Ability, ...]:
+        """What can be built, run and only checked on this machine, and how to get the rest."""
 
 
 class ModelFamily(Protocol):

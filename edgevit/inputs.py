@@ -127,6 +127,18 @@ def load_images(paths: Sequence[Path], spec: ImageSpec, size: tuple[int, int] | 
     return np.stack([preprocess(read_image(path), spec, size) for path in paths])  # n times 3 h w -> n 3 h w
 
 
+def as_values(images: NDArray[np.float32], spec: ImageSpec, values: str) -> NDArray[np.float32]:
+    """Normalised pictures (n, 3, height, width) as a model's input takes them.
+
+    `values` is "normalised", which they are, or "pixels": RGB from 0 to 255, exactly those they were made from.
+    """
+    if values == "normalised":
+        return images
+    mean, std = (np.array(each, np.float32)[:, None, None] for each in (spec.mean, spec.std))  # 3 1 1
+    pixels: NDArray[np.float32] = np.rint((images * std + mean) * np.float32(255))
+    return pixels
+
+
 def photographs() -> list[Path]:
     """Return the four photographs that edgevit ships for parity checks, sorted by name.
 

@@ -12,12 +12,12 @@ from typing import Any
 from edgevit.errors import ArtifactError
 from edgevit.specs import MAX_BATCH, MAX_SIDE, MAX_SIZES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: checked_file, settings
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest is kilobytes; a larger file is not one and is not read
 SAMPLE = "sample"  # the folder of the first size's sample
 BY_SIZE = {  # the fields that each image size has, and their types
-    "model_file": str, "inputs": list, "outputs": list, "choices": dict,
+    "model_file": str, "checked_file": str, "inputs": list, "outputs": list, "choices": dict,
     "parity": dict, "certificates": list, "complexity": dict | None,
 }  # fmt: skip
 
@@ -36,14 +36,18 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise ArtifactError(f"{root / MANIFEST}: schema_version {version!r}, expected a number; export the model again")
     if version > SCHEMA_VERSION:
         raise ArtifactError(
-            f"{root / MANIFEST}: schema_version {version}, this edgevit reads up to {SCHEMA_VERSION}; update edgevit"
+            f"{root / MANIFEST}: schema_version {version}, this edgevit reads {SCHEMA_VERSION}; update edgevit"
+        )
+    if version < SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{root / MANIFEST}: schema_version {version}, this edgevit reads {SCHEMA_VERSION}; export the model again"
         )
     for key, check in FIELDS.items():
         if key not in manifest or not check(manifest[key]):
             raise _no_manifest(root, f"{key} is missing or of another kind")
     known = {entry["name"] for entry in manifest["files"]}
-    if manifest["model_file"] not in known:
-        raise _no_manifest(root, "model_file is not among its files")
+    if any(not _is_listed(manifest[key], known) for key in ("model_file", "checked_file")):
+        raise _no_manifest(root, "model_file or checked_file is not among its files")
     if "resolutions" in manifest and not _are_resolutions(manifest["resolutions"], manifest, known):
         raise _no_manifest(root, "resolutions is of another kind, or names files that are not listed")
     return manifest
@@ -100,15 +104,26 @@ def _is_image(value: Any) -> bool:
     return all(_is_number(v) for v in numbers) and all(_is_count(v) for v in value["size"])
 
 
+def _is_input(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("name") == "image" and value.get("values") in ("normalised", "pixels")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_listed(name: str, known: Set[str]) -> bool:
+    """Whether this is a listed file, or a package: a directory of listed files beside the samples."""
+    return name in known or (name != SAMPLE and any(file.startswith(f"{name}/") for file in known))
 
 
 def _are_resolutions(value: Any, manifest: Mapping[str, Any], known: Set[str]) -> bool:
     """One entry for each of several sizes, no size twice, the first of them what the manifest's own fields describe."""
     if not isinstance(value, list) or not 1 < len(value) <= MAX_SIZES or not all(map(_is_resolution, value)):
         return False
-    if any({e["model_file"], *(f"{e['sample']}/{part}.npy" for part in ("input", "output"))} - known for e in value):
+    samples = [f"{entry['sample']}/{part}.npy" for entry in value for part in ("input", "output")]
+    models = [entry[key] for entry in value for key in ("model_file", "checked_file")]
+    if any(not _is_listed(name, known) for name in (*samples, *models)):
         return False
     sizes = [tuple(entry["image_size"]) for entry in value]
     first = (manifest["image"]["size"], manifest["model_file"], SAMPLE)
@@ -122,6 +137,8 @@ def _is_resolution(value: Any) -> bool:
     kinds = {"image_size": list, "sample": str, **BY_SIZE}
     if not isinstance(value, dict) or any(k not in value or not isinstance(value[k], kinds[k]) for k in kinds):
         return False
+    if len(value["inputs"]) != 1 or not _is_input(value["inputs"][0]):
+        return False
     size = value["image_size"]
     return len(size) == 2 and all(_is_count(side) and 0 < side <= MAX_SIDE for side in size)
 
@@ -132,6 +149,9 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "target": _is_text,
     "precision": _is_text,
     "model_file": _is_text,
+    "checked_file": _is_text,
+    "inputs": lambda value: isinstance(value, list) and len(value) == 1 and _is_input(value[0]),
+    "settings": lambda value: isinstance(value, dict),
     "files": _is_file_list,
     "image": _is_image,
     "batch": lambda value: value == "dynamic" or (_is_count(value) and 1 <= value <= MAX_BATCH),

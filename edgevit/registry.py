@@ -25,6 +25,7 @@ class Row:
     extra: str = ""
     for_tests: bool = False
     loads: tuple[str, ...] = ()  # of a runtime: endings of the model files that it takes
+    emulates: bool = False  # of a runtime: it computes what a device would, in its own time
 
     @property
     def install(self) -> str:
@@ -55,11 +56,27 @@ FAMILIES: dict[str, tuple[Row, tuple[str, ...]]] = {
 
 TARGETS: dict[str, Row] = {
     "onnx": Row("edgevit.export.to_onnx", "OnnxExporter", ("onnx", "onnxscript", "onnx_ir")),
+    "openvino": Row("edgevit.export.to_openvino", "OpenvinoExporter", ("openvino",), extra="openvino"),
+    "tensorrt": Row("edgevit.export.to_tensorrt", "TensorrtExporter", ("onnx", "onnxscript", "onnx_ir")),
+    "coreml": Row("edgevit.export.to_coreml", "CoremlExporter", ("coremltools",), extra="coreml"),
 }
 
 RUNTIMES: dict[str, Row] = {
     "ort": Row("edgevit.runtimes.ort", "OrtRuntime", ("onnxruntime",), loads=(".onnx",)),
+    "typed_ort": Row(
+        "edgevit.runtimes.typed_ort", "TypedOrtRuntime", ("onnxruntime",), loads=(".onnx",), emulates=True
+    ),
     "ov": Row("edgevit.runtimes.ov", "OvRuntime", ("openvino",), extra="openvino", loads=(".onnx", ".xml")),
+    "trt": Row("edgevit.runtimes.trt", "TrtRuntime", extra="tensorrt", loads=(".engine",)),
+    "coreml": Row("edgevit.runtimes.coreml", "CoremlRuntime", ("coremltools",), extra="coreml", loads=(".mlpackage",)),
+    "mil_reference": Row(
+        "edgevit.runtimes.mil_reference",
+        "MilReference",
+        ("coremltools",),
+        extra="coreml",
+        loads=(".mlpackage",),
+        emulates=True,
+    ),
     "torch": Row("edgevit.runtimes.torch_eager", "TorchRuntime", ("torch",)),
     "fake": Row("edgevit.runtimes.fake", "FakeRuntime", for_tests=True),
 }

@@ -56,6 +56,11 @@ class ModelCard:
 
 
 @dataclass(frozen=True)
+class NoOptions:
+    """The OPTIONS of a target or runtime that leaves nothing to choose."""
+
+
+@dataclass(frozen=True)
 class ExportSpec:
     """One export: which network with which weights, for which target, precision and input shape."""
 
@@ -70,6 +75,7 @@ class ExportSpec:
     options: tuple[tuple[str, Any], ...] = ()
     pointwise: Literal["auto", "dense", "grouped"] = "auto"
     seed: int = 0
+    settings: Any = NoOptions()  # what the target takes beside: its exporter's OPTIONS
 
     def __post_init__(self) -> None:
         if self.pointwise not in ("auto", "dense", "grouped"):
@@ -79,12 +85,16 @@ class ExportSpec:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One graph input or output; a dynamic dimension is its name, a static one its length."""
+    """One graph input or output; a dynamic dimension is its name, a static one its length.
+
+    An image input takes `values` "normalised", or "pixels": RGB from 0 to 255, normalised inside the model.
+    """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str = "float32"
     layout: str = ""
+    values: Literal["normalised", "pixels"] = "normalised"
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,44 @@ class Certificate:
     operations_after: int
     input_independent: bool
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """One executed operator of a profile: `time_ms` for one inference, `precision` as it really ran ("fp32", ...).
+
+    `origins` names the graph nodes that it computes, several where the runtime fused them. `macs` is what its products
+    cost where the runtime can tell; None leaves it to who knows the graph.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    time_ms: float
+    origins: tuple[str, ...] = ()
+    macs: int | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a lint rule found at one node: how bad, why, what to do about it, and the rule's source (URL)."""
+
+    rule: str
+    level: Literal["error", "warning", "advice"]
+    node: str
+    why: str
+    do: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Ability:
+    """What can be done for a target on this machine: build its files, run them, or only check what they compute."""
+
+    what: Literal["build", "run", "check"]
+    ok: bool
+    detail: str
+    how: str = ""  # to get it, where it is not there
 
 
 def check_image_size(size: Size, multiple: int) -> Size:
@@ -196,7 +244,8 @@ class LatencyResult:
 
     `samples_ms[i]` was taken in round `rounds[i]`. `latency_ms` maps "p50", "p90", ... to milliseconds, or to None
     where the samples are too few. Warm-up runs and the discarded first run of every turn are counted, not kept.
-    `effective_precision` is read back from the runtime by the caller: the bench knows no runtime.
+    `effective_precision` and `attestation`, which precision each operator's products ran in, are read back from the
+    runtime by the caller: the bench knows no runtime.
     """
 
     name: str
@@ -206,6 +255,7 @@ class LatencyResult:
     warmup_runs: int
     discarded_runs: int
     effective_precision: str | None = None
+    attestation: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

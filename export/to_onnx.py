@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from edgevit.contracts import Built
 from edgevit.errors import ExportError
-from edgevit.specs import MAX_BATCH, ExportSpec, ModelCard, TensorSpec, size_text
+from edgevit.specs import MAX_BATCH, Ability, ExportSpec, ModelCard, NoOptions, TensorSpec, size_text
 
 from . import passes
 from .capture import capture, example_image, quiet, single_thread
@@ -39,8 +39,10 @@ class OnnxExporter:
     """Deploy form -> torch.export -> ONNX -> graph passes -> model.onnx."""
 
     name = "onnx"
-    runtime = "ort"
+    runtime = checker = "ort"
     precisions = ("fp32",)
+    naive_suffix = ".onnx"
+    OPTIONS = NoOptions
 
     def export(
         self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
@@ -72,6 +74,18 @@ class OnnxExporter:
                 model.eval(), (image,), path, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
             )
 
+    def lint_for(self, settings: NoOptions) -> tuple[str, ...]:  # noqa: ARG002  # the contract's signature
+        """None: ONNX Runtime itself loads and runs every export."""
+        return ()
+
+    def abilities(self) -> tuple[Ability, ...]:
+        """Everything, everywhere: ONNX Runtime is a dependency."""
+        return (
+            Ability("build", True, "model.onnx"),
+            Ability("run", True, "ONNX Runtime on the CPU"),
+            Ability("check", True, "against the reference, by ONNX Runtime"),
+        )
+
 
 def _build(
     model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], name: str
@@ -84,8 +98,9 @@ def _build(
         form, certificates = deploy(model, shape)
         graph = to_graph(capture(form, spec.batch, size), outputs)
     graph = passes.run(graph, (*passes.CLEANUP, *passes.CPU_KERNELS, *passes.FINISH))
-    inputs, outs = (tuple(_signature(value) for value in side) for side in (graph.graph.inputs, graph.graph.outputs))
-    return graph, Built(name, name, inputs, outs, tuple(certificates), {"pointwise": pointwise, "why": why})
+    inputs, outs = (tuple(signature(value) for value in side) for side in (graph.graph.inputs, graph.graph.outputs))
+    choices = {"pointwise": pointwise, "why": why}
+    return graph, Built(name, name, ir.to_proto(graph), inputs, outs, tuple(certificates), choices)
 
 
 def choose_pointwise(model: str, wish: str) -> tuple[Literal["dense", "grouped"], str]:
@@ -136,7 +151,12 @@ def save(graph: ir.Model, path: Path) -> None:
     ir.save(graph, path, external_data=f"{path.name}.data" if weights > EXTERNAL_BYTES else None)
 
 
-def _signature(value: ir.Value) -> TensorSpec:
+def signature(value: ir.Value) -> TensorSpec:
+    """Name, shape and type of a graph's input or output.
+
+    Raises:
+        ExportError: it lacks one of them.
+    """
     if value.name is None or value.shape is None or value.dtype is None:
         raise ExportError("conversion to ONNX: an input or output has no name, shape or type; please report the model")
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)

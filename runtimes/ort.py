@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +17,22 @@ from numpy.typing import NDArray
 
 from edgevit.contracts import Arrays
 from edgevit.errors import RuntimeFailure
-from edgevit.specs import TensorSpec
+from edgevit.specs import NoOptions, OperatorTime, TensorSpec
 
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 PROVIDER = "CPUExecutionProvider"
+PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64", "int8": "int8", "uint8": "int8"}
+PRODUCTS = (
+    "Attention",
+    "Conv",
+    "Gemm",
+    "MatMul",
+)  # part of the kinds that have them, also of FusedConv and MatMulInteger
+EVENT, REORDERED = (
+    "_kernel_time",
+    "_nchwc",
+)  # what ONNX Runtime puts behind the names of nodes, and of those in its layout
+WARMUP_RUNS = 2  # before a profile: the first run allocates
 FATAL_ONLY = 4  # ONNX Runtime's log level: failures are raised, and its own lines would repeat them
 
 
@@ -23,24 +40,26 @@ class OrtRuntime:
     """Runs `path` with `threads` threads inside an operator (None: all cores), one operator at a time."""
 
     name = "ort"
+    OPTIONS = NoOptions
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, threads: int | None = None, precision: str = "fp32", options: NoOptions | None = None
+    ) -> None:
         self.path = path
+        self.asked_precision = precision
+        self.options = options or NoOptions()
         self.threads = threads
         self._session: ort.InferenceSession | None = None
         self._precision = ""
 
+    @classmethod
+    def obstacle(cls) -> str | None:
+        """None: a dependency, on any processor."""
+        return None
+
     def load(self) -> None:
         """Create the session with all graph optimisations, as is ONNX Runtime's default."""
-        options = ort.SessionOptions()
-        options.log_severity_level = FATAL_ONLY
-        options.inter_op_num_threads = 1
-        if self.threads is not None:
-            options.intra_op_num_threads = self.threads
-        try:
-            self._session = ort.InferenceSession(str(self.path), options, providers=[PROVIDER])
-        except Exception as error:  # its exceptions share no base below Exception
-            raise RuntimeFailure(f"{self.path}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+        self._session = self._start(self._options())
         self._precision = _weights_precision(self.path)
 
     @property
@@ -55,8 +74,9 @@ class OrtRuntime:
 
     @property
     def effective_precision(self) -> str:
-        """The CPU provider computes in the type a tensor is stored in, so it is read off the stored weights."""
-        return self._precision
+        """Read off the stored weights; what computes, `profile` tells: of float16, float32 kernels between casts."""
+        mixed = self.asked_precision == "fp16" and self._precision == "fp16+fp32"
+        return "fp16" if mixed else self._precision  # a float16 graph keeps in float32 what float16 cannot hold
 
     def describe(self) -> dict[str, Any]:
         """Version, provider and threads."""
@@ -66,15 +86,52 @@ class OrtRuntime:
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by name."""
         session = self._loaded()
-        try:
-            outputs = session.run(None, {name: np.ascontiguousarray(array) for name, array in inputs.items()})
-        except Exception as error:  # its exceptions share no base below Exception
-            raise RuntimeFailure(f"{self.path}: ONNX Runtime failed: {_first_line(error)}") from error
+        outputs = self._infer(session, inputs)
         return {value.name: array for value, array in zip(session.get_outputs(), outputs, strict=True)}
+
+    def profile(self, inputs: Arrays, runs: int) -> tuple[OperatorTime, ...]:
+        """What each executed operator took, the median of `runs`, and the type of what it was fed.
+
+        A session of its own writes down the times and the graph as it was optimised, in a directory that is removed.
+        With `runs` 0 the times are all 0.
+        """
+        self._loaded()
+        options = self._options()
+        with tempfile.TemporaryDirectory(prefix="edgevit-profile-") as scratch:
+            executed = Path(scratch, "executed.onnx")
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(scratch, "times"))
+            options.optimized_model_filepath = str(executed)
+            session = self._start(options)
+            for _ in range(WARMUP_RUNS + runs if runs else 1):
+                self._infer(session, inputs)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+            origins = _origins(onnx.load(self.path, load_external_data=False), onnx.load(executed))
+        return tuple(_operators(events, origins, runs))
 
     def close(self) -> None:
         """Drop the session."""
         self._session = None
+
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.log_severity_level = FATAL_ONLY
+        options.inter_op_num_threads = 1
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        return options
+
+    def _start(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        try:
+            return ort.InferenceSession(str(self.path), options, providers=[PROVIDER])
+        except Exception as error:  # its exceptions share no base below Exception
+            raise RuntimeFailure(f"{self.path}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+
+    def _infer(self, session: ort.InferenceSession, inputs: Arrays) -> Any:
+        try:
+            return session.run(None, {name: np.ascontiguousarray(array) for name, array in inputs.items()})
+        except Exception as error:  # its exceptions share no base below Exception
+            raise RuntimeFailure(f"{self.path}: ONNX Runtime failed: {_first_line(error)}") from error
 
     def _loaded(self) -> ort.InferenceSession:
         if self._session is None:
@@ -98,3 +155,56 @@ def _weights_precision(path: Path) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _operators(events: Sequence[Any], origins: dict[str, tuple[str, ...]], runs: int) -> Iterator[OperatorTime]:
+    """The operators in the profile's events, one event for each run of each operator, in the order of their first."""
+    found = defaultdict[tuple[str, str], list[Any]](list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(EVENT):
+            found[event["name"].removesuffix(EVENT), event["args"]["node_index"]].append(event)
+    for (name, _), of_one in found.items():
+        arguments = of_one[0]["args"]
+        fed = [kind for port in arguments["input_type_shape"] or arguments["output_type_shape"] for kind in port]
+        precision = fed[0] if fed else "none"
+        times_ms = [event["dur"] / 1000 for event in of_one[WARMUP_RUNS:]]  # dur is in microseconds
+        yield OperatorTime(
+            name=name,
+            kind=arguments["op_name"],
+            precision=PRECISIONS.get(precision, precision),
+            time_ms=statistics.median(times_ms) if runs and times_ms else 0.0,
+            origins=origins.get(name, ()),
+        )
+
+
+def _origins(source: onnx.ModelProto, executed: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
+    """The nodes of the file that each executed node computes, as far as its name and tensors tell.
+
+    An optimised node writes the tensor that the last of the nodes wrote that it stands for, or is named after it. From
+    there back through nodes of whose tensors one is written by no other executed node.
+    """
+    makers = {output: node for node in source.graph.node for output in node.output}
+    sources = {node.name: node for node in source.graph.node if node.name}
+    written = {node.name: _tensors(node, makers, sources) for node in executed.graph.node}
+    own = Counter(tensor for tensors in written.values() for tensor in tensors)
+    return {name: tuple(_back(tensors, makers, own)) for name, tensors in written.items()}
+
+
+def _tensors(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], sources: dict[str, onnx.NodeProto]) -> list[str]:
+    """The file's tensors that an executed node writes by their own names, or by its name ("x_nchwc", "node/Fusion")."""
+    part_of = sources.get(node.name.rstrip("/").rpartition("/")[0])
+    named = [node.name.removesuffix(REORDERED)] if node.name.endswith(REORDERED) else []
+    fused = list(part_of.output) if part_of is not None else []
+    return [tensor for tensor in [*node.output, *named, *fused] if tensor in makers]
+
+
+def _back(tensors: Sequence[str], makers: dict[str, onnx.NodeProto], own: Counter[str]) -> Iterator[str]:
+    for tensor in tensors[:1]:
+        node = makers[tensor]
+        yield node.name or node.output[0]
+        while not node.op_type.startswith(PRODUCTS):
+            inner = [name for name in node.input if name in makers and not own[name]]
+            if len(inner) != 1:
+                break
+            node = makers[inner[0]]
+            yield node.name or node.output[0]

@@ -68,13 +68,13 @@ class Session:
             parts.append({name: array[: len(chunk)] for name, array in self.run({"image": filled}).items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def require_precision(self, wanted: str, where: Path) -> None:
+    def require_precision(self, where: Path) -> None:
         """Compare the precision that really runs with the one that was asked for.
 
         Raises:
             RuntimeFailure: they differ.
         """
-        actual = self.runtime.effective_precision
+        actual, wanted = self.runtime.effective_precision, self.runtime.asked_precision
         if actual != wanted:
             raise RuntimeFailure(f"{where}: runs in {actual}, expected {wanted}; its numbers would be another model's")
 

@@ -10,19 +10,26 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgevit.contracts import Arrays
-from edgevit.specs import TensorSpec
+from edgevit.errors import RuntimeFailure
+from edgevit.specs import NoOptions, OperatorTime, TensorSpec
 
 
 class TorchRuntime:
     """Runs a module on pictures of `size` (height, width), any batch."""
 
     name = "torch"
+    OPTIONS = NoOptions
 
     def __init__(self, module: nn.Module, size: tuple[int, int], threads: int | None = None) -> None:
         self.module = module
         self.size = size
         self.threads = threads
         self._before = torch.get_num_threads()
+
+    @classmethod
+    def obstacle(cls) -> str | None:
+        """None: it runs wherever edgevit does."""
+        return None
 
     def load(self) -> None:
         """Set the threads; the module is there already."""
@@ -39,6 +46,11 @@ class TorchRuntime:
     def outputs(self) -> list[TensorSpec]:
         """By name where the module names them; shapes are known only by running."""
         return []
+
+    @property
+    def asked_precision(self) -> str:
+        """That of the module, whatever it is: the reference is taken as it comes."""
+        return self.effective_precision
 
     @property
     def effective_precision(self) -> str:
@@ -58,6 +70,14 @@ class TorchRuntime:
         if isinstance(out, Tensor):
             return {"logits": out.numpy()}
         return {name: value.numpy() for name, value in out._asdict().items()}
+
+    def profile(self, inputs: Arrays, runs: int) -> tuple[OperatorTime, ...]:  # noqa: ARG002  # the contract's signature
+        """The reference is never timed.
+
+        Raises:
+            RuntimeFailure: always.
+        """
+        raise RuntimeFailure("runtime torch: the reference form has no profile; profile an artifact")
 
     def close(self) -> None:
         """Restore the threads."""

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from edgevit.specs import NoOptions
+
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 300  # for a program of our own; an export of 26M takes 10 s on a quiet core, half a minute on a busy one
 
@@ -184,11 +186,13 @@ def tiny_family() -> ModuleType:
 class TinyExporter:
     """Writes the tiny network with onnx.helper. `before` runs first; `change` may spoil the finished graph."""
 
-    name, runtime, precisions = "onnx", "ort", ("fp32",)
+    name, runtime, checker, precisions = "onnx", "ort", "ort", ("fp32",)
+    naive_suffix, OPTIONS = ".onnx", NoOptions
 
     def __init__(self) -> None:
         self.before: Callable[[Path], None] = lambda directory: None
         self.change: Callable[[Any], None] = lambda model: None
+        self.profiles: tuple[str, ...] = ()  # what an export is linted for
         self.naive: list[Any] = []  # the modules of which the plain export was wanted
 
     def export(self, model: Any, card: Any, specs: Any, directory: Path) -> Any:  # noqa: ARG002  # the contract's signature
@@ -208,7 +212,13 @@ class TinyExporter:
         signature = TensorSpec("image", (spec.batch, 3, *spec.image_size), layout="NCHW")
         outputs = tuple(TensorSpec(value.name, ()) for value in proto.graph.output)
         certificate = Certificate("nothing", 1, 0.0, 16, 16, 4, 4, input_independent=True)
-        return Built(name, name, (signature,), outputs, (certificate,), {"pointwise": spec.pointwise})
+        return Built(name, name, proto, (signature,), outputs, (certificate,), {"pointwise": spec.pointwise})
+
+    def lint_for(self, settings: Any) -> tuple[str, ...]:  # noqa: ARG002  # the contract's signature
+        return self.profiles
+
+    def abilities(self) -> tuple[Any, ...]:
+        return ()
 
     def export_naive(self, model: Any, card: Any, spec: Any, path: Path) -> None:  # noqa: ARG002  # the contract's signature
         import onnx

@@ -61,7 +61,7 @@ def test_each_size_is_built_proven_and_described(tiny: Any) -> None:
 
 def test_the_first_size_stands_where_old_readers_look(tiny: Any) -> None:
     several, alone = tiny.export(image_size=SIZES), tiny.export()
-    differ = {"files", "resolutions", "model_file"}
+    differ = {"files", "resolutions", "model_file", "checked_file"}
     assert {k: v for k, v in several.manifest.items() if k not in differ} == {
         k: v for k, v in alone.manifest.items() if k not in differ
     }

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from edgevit import artifact
@@ -21,10 +22,12 @@ from edgevit.artifact import Proven, artifact_name, describe_export, load_artifa
 from edgevit.contracts import Built
 from edgevit.errors import ArtifactError, OutputError, UsageError
 from edgevit.manifest import BY_SIZE, MANIFEST, MAX_MANIFEST_BYTES, SCHEMA_VERSION
-from edgevit.specs import MAX_SIZES, ExportSpec, ImageSpec, Parity, TensorSpec
+from edgevit.specs import MAX_SIZES, Complexity, ExportSpec, ImageSpec, Parity, TensorSpec
 
 NAME = "net-onnx-fp32"
-WORDS = {"model": "net", "target": "onnx", "precision": "fp32", "model_file": "model.onnx"}
+FILES = {"model_file": "model.onnx", "checked_file": "model.onnx"}
+WORDS = {"model": "net", "target": "onnx", "precision": "fp32", **FILES}
+IMAGE = {"name": "image", "values": "normalised"}
 REST = {
     "image": {"size": [32, 32], "mean": [0, 0, 0], "std": [1, 1, 1], "crop": 1, "interpolation": "bilinear"},
     "batch": 1,
@@ -32,8 +35,11 @@ REST = {
     "num_classes": None,
     "features_only": False,
     "options": {},
+    "settings": {},
+    "inputs": [IMAGE],
     "weights": {"source": "random"},
 }
+COUNTED = Complexity(1, 2, {"Conv": 1}, 3, 4, 5, {}, {})
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # SHA-256 of no bytes, FIPS 180-4
 
 
@@ -138,8 +144,10 @@ def test_the_name_gives_sizes_that_are_not_the_model_s_own(sizes: list[tuple[int
 def proven(height: int, width: int, sample: str = "sample") -> Proven:
     signature = (TensorSpec("image", ("batch", 3, height, width), layout="NCHW"),)
     name = f"model-{height}x{width}.onnx"
-    built = Built(name, None, signature, (TensorSpec("logits", ("batch", 5)),), (), {"pointwise": "dense"})
-    return Proven(built, Parity(4, height * 1e-8, 1e-3, 1.0, 0.99999, 1.0, "reference", "ort"), None, sample)
+    built = Built(
+        name, name, onnx.ModelProto(), signature, (TensorSpec("logits", ("batch", 5)),), (), {"pointwise": "dense"}
+    )
+    return Proven(built, Parity(4, height * 1e-8, 1e-3, 1.0, 0.99999, 1.0, "reference", "ort"), COUNTED, sample)
 
 
 def described(*sizes: Proven) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def test_an_export_is_described_in_json() -> None:
     assert record["image"]["size"] == [64, 96]
     assert record["batch"] == "dynamic"
     assert record["options"] == {"spatial": True}
-    assert record["inputs"] == [{"name": "image", "shape": ["batch", 3, 64, 96], "dtype": "float32", "layout": "NCHW"}]
+    assert record["inputs"] == [{**IMAGE, "shape": ["batch", 3, 64, 96], "dtype": "float32", "layout": "NCHW"}]
     assert record["parity"]["passed"] is True
     assert "resolutions" not in record
 
@@ -349,8 +357,7 @@ def test_a_manifest_larger_than_any_is_not_read(whole: Path) -> None:
 def test_a_newer_schema_says_to_update_before_anything_else_is_checked(whole: Path) -> None:
     rewritten(whole, lambda m: m.update(schema_version=SCHEMA_VERSION + 1, files="another layout"))
     assert refusal(whole) == (
-        f"{whole / MANIFEST}: schema_version {SCHEMA_VERSION + 1}, this edgevit reads up to {SCHEMA_VERSION}; "
-        "update edgevit"
+        f"{whole / MANIFEST}: schema_version {SCHEMA_VERSION + 1}, this edgevit reads {SCHEMA_VERSION}; update edgevit"
     )
 
 
@@ -395,8 +402,21 @@ def test_a_file_entry_of_nonsense_is_refused(whole: Path, key: str, value: Any) 
 
 
 def resolution(height: int, width: int, model_file: str, sample: str) -> dict[str, Any]:
-    kinds = {"inputs": [], "outputs": [], "choices": {}, "parity": {}, "certificates": [height], "complexity": None}
-    return {"image_size": [height, width], "model_file": model_file, "sample": sample, **kinds}
+    kinds = {
+        "inputs": [IMAGE],
+        "outputs": [],
+        "choices": {},
+        "parity": {},
+        "certificates": [height],
+        "complexity": None,
+    }
+    return {
+        "image_size": [height, width],
+        "model_file": model_file,
+        "checked_file": model_file,
+        "sample": sample,
+        **kinds,
+    }
 
 
 @pytest.fixture
@@ -409,7 +429,7 @@ def double(tmp_path: Path) -> Path:
             np.save(stage / folder / "input.npy", np.full((1, 3), i, np.float32))
             np.save(stage / folder / "output.npy", np.full((1, 3), -i, np.float32))
         sizes = [resolution(32, 32, "0.onnx", "sample"), resolution(64, 96, "1.onnx", "sample/64x96")]
-        write_manifest(stage, WORDS | REST | {"model_file": "0.onnx", "resolutions": sizes})
+        write_manifest(stage, WORDS | REST | {"model_file": "0.onnx", "checked_file": "0.onnx", "resolutions": sizes})
     return tmp_path / NAME
 
 
@@ -453,7 +473,7 @@ def test_an_artifact_of_one_size_is_seen_at_that_one(whole: Path) -> None:
     ("key", "values"),
     [
         ("image_size", (None, 5, "32x32", [], [32], [32, 32, 32], [32, "32"], [1, True], [0, 1], [1, 9e9], [1, 8192])),
-        ("model_file", (None, 5, "", "x", "../secret", "/etc/passwd", "manifest.json", "sample")),
+        *((key, (None, 5, "", "x", "../secret", "/etc/passwd", "manifest.json", "sample")) for key in FILES),
         ("sample", (None, 5, "", ".", "..", "../sample", "/etc", "sample/", "other")),
         *((key, (None, 5, "x")) for key in ("inputs", "outputs", "choices", "parity", "certificates")),
         ("complexity", (5, "x", [])),

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgevit import __version__, registry
 from edgevit.errors import UnknownNameError
+from edgevit.options import as_json, parse_options
 from edgevit.paper import gaps
 from edgevit.specs import Size, check_image_size
 
@@ -37,7 +38,7 @@ def info(model: str, image_size: Size | None = None, options: Mapping[str, Any] 
     Raises:
         UnknownNameError: no such model or option. UsageError: the size or an option's value.
     """
-    from edgevit.models import model_card, parse_options
+    from edgevit.models import model_card
 
     card = model_card(model)
     size = check_image_size(image_size or card.image.size, card.size_multiple)
@@ -59,25 +60,22 @@ def info(model: str, image_size: Size | None = None, options: Mapping[str, Any] 
         "flops": counted.flops,
         "paper": dict(card.paper),
         "gaps": gaps(card.paper, counted.parameters if published else None, counted.macs if comparable else None),
-        "options": {key: _json(value) for key, value in dataclasses.asdict(chosen).items()},
+        "options": as_json(chosen),
         "targets": list(registry.TARGETS),
         "notes": [*card.notes, *size_notes(card, [size], lambda at: count(at).macs)],
     }
 
 
-def _json(value: Any) -> Any:
-    """An option's value as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def doctor() -> dict[str, Any]:
     """What of edgevit works on this machine: versions, targets and runtimes with what they lack, the processor.
 
-    `ok` is that everything works but what an extra that was not asked for would bring.
+    A target that can be loaded has `abilities`: what can be built, run and only checked here, and how to get the rest;
+    a runtime has the `obstacle` that keeps it from running anything here, or None. `ok` is that everything can be
+    loaded but what an extra that was not asked for would bring.
     """
     from edgevit.bench.machine import machine_record
 
-    checks = registry.check_all()
+    checks = [{**check, **_tells(check)} for check in registry.check_all()]
     return {
         "edgevit": __version__,
         "python": platform.python_version(),
@@ -85,3 +83,12 @@ def doctor() -> dict[str, Any]:
         "checks": checks,
         "machine": machine_record(),
     }
+
+
+def _tells(check: Mapping[str, Any]) -> dict[str, Any]:
+    """What a target or runtime that can be loaded says of this machine."""
+    if not check["ok"]:
+        return {}
+    if check["kind"] == "runtime":
+        return {"obstacle": registry.runtime_class(check["name"]).obstacle()}
+    return {"abilities": [dataclasses.asdict(ability) for ability in registry.exporter(check["name"]).abilities()]}

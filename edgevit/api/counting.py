@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgevit import registry
+from edgevit.options import parse_options
 from edgevit.specs import ModuleCount, Size
 
 
@@ -20,8 +21,6 @@ def counter(
     Raises:
         UnknownNameError, UsageError: the model or its options.
     """
-    from edgevit.models import parse_options
-
     family = registry.family_of(model)[1]
     chosen = parse_options(family.OPTIONS, model, options)
 

@@ -10,17 +10,22 @@ from typing import Any, Literal
 
 from edgevit import __version__, registry
 from edgevit.artifact import Artifact, Proven, artifact_name, describe_export, load_artifact, staged, write_manifest
-from edgevit.contracts import Built, Exporter
+from edgevit.contracts import Exporter
 from edgevit.errors import UnknownNameError
 from edgevit.manifest import SAMPLE
-from edgevit.specs import Batch, Complexity, ExportSpec, ModelCard, Size, check_image_sizes, size_text
+from edgevit.options import parse_options, split_options
+from edgevit.specs import Batch, ExportSpec, ModelCard, Size, check_image_sizes, size_text
 
 from .counting import counter
+from .linting import lint_built
 from .natural_size import size_notes
 from .proving import prove
 
 Progress = Callable[[float, str], None]  # share done, what is being done
-TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "pillow")
+TOOLS = (
+    "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "coremltools", "tensorrt-rtx",
+    "numpy", "pillow",
+)  # fmt: skip
 
 
 def export_model(
@@ -47,30 +52,26 @@ def export_model(
         model, target: registered names. weights: a checkpoint; without it seeded random weights.
         image_size: (height, width), default the model's own; a sequence of them makes one static graph for each, in one
             artifact, with common weights. batch: pictures an inference takes, or "dynamic".
+        options: what the family and the target take beside, e.g. {"lda_mode": "old", "gpu": ("sm89",)}.
         pointwise: "dense" or "grouped" 1x1 convolutions; "auto" takes what was measured to be faster.
         out: directory in which the artifact's directory is made; an existing artifact is replaced only with `force`.
 
     Raises:
-        UsageError, UnknownNameError: the request. CheckpointError: the weights. OutputError: the place.
-        ExportError: a step failed. ParityError: the result is not equal to the reference; nothing is left behind.
+        UsageError, UnknownNameError, MissingDependencyError: the request. CheckpointError: the weights. OutputError:
+        the place. ExportError: a step failed. ParityError: not equal to the reference; nothing is left behind.
     """
+    exporter = registry.exporter(target)
+    mine, its = split_options(options or {}, (model, registry.family_of(model)[1].OPTIONS), (target, exporter.OPTIONS))
     spec = ExportSpec(
-        model=model,
-        target=target,
-        precision=precision,
-        weights=None if weights is None else str(weights),
-        num_classes=num_classes,
-        batch=batch,
-        features_only=features_only,
-        options=tuple(sorted((options or {}).items())),
-        pointwise=pointwise,
-        seed=seed,
-    )
-    return _export(spec, image_size, Path(out), force, command, progress)
+        model, target, precision, None if weights is None else str(weights), num_classes, None, batch, features_only,
+        tuple(sorted(mine.items())), pointwise, seed, parse_options(exporter.OPTIONS, target, its),
+    )  # fmt: skip
+    return _export(spec, exporter, image_size, Path(out), force, command, progress)
 
 
 def _export(
     spec: ExportSpec,
+    exporter: Exporter,
     image_size: Size | Sequence[Size] | None,
     out: Path,
     force: bool,
@@ -80,7 +81,6 @@ def _export(
     from edgevit.models import model_card
 
     card = model_card(spec.model)
-    exporter = registry.exporter(spec.target)
     if spec.precision not in exporter.precisions:
         raise UnknownNameError(f"precision for {spec.target}", spec.precision, exporter.precisions)
     sizes = check_image_sizes(image_size, card.image.size, card.size_multiple)
@@ -97,6 +97,7 @@ def _write_files(
     specs: Sequence[ExportSpec], card: ModelCard, exporter: Exporter, stage: Path, progress: Progress
 ) -> dict[str, Any]:
     """Write every file of the artifact but the manifest, whose content is returned; specs differ in image_size."""
+    from edgevit.bench.complexity import count_onnx
     from edgevit.bench.machine import library_versions
     from edgevit.models import load_model
 
@@ -116,25 +117,20 @@ def _write_files(
     notes = [*loaded.notes, *size_notes(card, sizes, lambda size: count(size).macs)]
     progress(0.1, "exporting")
     built = exporter.export(loaded.module, card, specs, stage)
+    linted = lint_built(built, exporter.lint_for(spec.settings))
     progress(0.8, "comparing with the reference on photographs")
     proven: dict[Size, Proven] = {}
     for size, each, files in zip(sizes, specs, built, strict=True):
         sample = f"{SAMPLE}/{size_text(size)}" if proven else SAMPLE
-        path = stage / files.model_file
-        parity = prove(loaded.module, card.image, each, path, exporter.runtime, stage / sample)
-        proven[size] = Proven(files, parity, _complexity(stage, files), sample)
+        parity = prove(loaded.module, card.image, each, files, exporter.checker, stage, sample)
+        proven[size] = Proven(files, parity, count_onnx(files.graph), sample)
+        notes += [note for note in files.notes if note not in notes]
     return {
         **describe_export(spec, card.image, proven),
         "num_classes": loaded.num_classes,
+        "runtime": exporter.runtime,
+        "lint": linted,
         "weights": dict(loaded.weights),
         "notes": notes,
         "tools": {"edgevit": __version__, "python": platform.python_version(), **library_versions(TOOLS)},
     }
-
-
-def _complexity(stage: Path, built: Built) -> Complexity | None:
-    if built.onnx_file is None:
-        return None
-    from edgevit.bench.complexity import count_onnx
-
-    return count_onnx(stage / built.onnx_file)

@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 
 from edgevit import inputs, registry
 from edgevit.artifact import Artifact, load_artifact
+from edgevit.contracts import Built, Runtime
 from edgevit.errors import ParityError
 from edgevit.runtimes import Session
 from edgevit.specs import Batch, ExportSpec, ImageSpec, ModelCard, Parity, size_text
 
-from .running import session_of
+from .running import RunOn, as_fed, open_runtime, session_of
 
 
-def prove(module: Any, image: ImageSpec, spec: ExportSpec, path: Path, runtime: str, sample: Path) -> Parity:
-    """Compare a model file with the reference on the shipped photographs, and leave the first batch in `sample`.
+def prove(module: Any, image: ImageSpec, spec: ExportSpec, built: Built, checker: str, stage: Path, at: str) -> Parity:
+    """Compare what was built in `stage` with the reference on the shipped photographs; the first batch is left in `at`.
 
     Raises:
         ParityError: they differ.
@@ -27,33 +28,37 @@ def prove(module: Any, image: ImageSpec, spec: ExportSpec, path: Path, runtime: 
     images = inputs.load_images(inputs.photographs(), image, spec.image_size)
     if isinstance(spec.batch, int) and spec.batch > len(images):
         images = images[np.arange(spec.batch) % len(images)]
-    expected, parity = _compare(module, images, spec.batch, spec.precision, path, runtime)
+    fed = inputs.as_values(images, image, built.inputs[0].values)
+    runtime = open_runtime(checker, stage / built.checked_file, spec.precision, RunOn())
+    expected, parity = _compare(module, (images, fed), spec.batch, spec.precision, runtime)
     if not parity.passed:
         raise ParityError(
-            f"{spec.model} at {size_text(images.shape[2:])} on {runtime}: not equal to the reference: "
+            f"{spec.model} at {size_text(images.shape[2:])} on {checker}: not equal to the reference: "
             f"max abs {parity.max_abs:.2e} (limit {parity.max_abs_limit:.0e}), cosine {parity.cosine:.6f} "
             f"(limit {parity.cosine_limit}), top-1 agreement {parity.top1_agreement}; nothing was written; "
             "please report the model and its options"
         )
+    sample = stage / at
     sample.mkdir(parents=True, exist_ok=True)
     count = 1 if spec.batch == "dynamic" else spec.batch
-    np.save(sample / "input.npy", images[:count])
+    np.save(sample / "input.npy", fed[:count])
     np.save(sample / "output.npy", next(iter(expected.values()))[:count])
     return parity
 
 
 def _compare(
-    module: Any, images: NDArray[np.float32], batch: Batch, precision: str, path: Path, runtime: str
+    module: Any, pictures: tuple[NDArray[Any], NDArray[Any]], batch: Batch, precision: str, runtime: Runtime
 ) -> tuple[dict[str, NDArray[Any]], Parity]:
-    """The reference's outputs for `images` (n, 3, h, w), and how far the runtime's lie from them."""
+    """The reference's outputs for pictures (n, 3, h, w), normalised and as `runtime` takes them; how far it is off."""
     from edgevit.export.verify import compare_outputs
 
-    with Session(registry.runtime_class("torch")(module, images.shape[2:])) as reference:  # type: ignore[call-arg]  # a runtime's own arguments
+    images, fed = pictures
+    with Session(registry.runtime_class("torch")(module, images.shape[2:])) as reference:  # type: ignore[arg-type]  # it takes a module
         expected = reference.run_all(images, 1)
-    with Session(registry.runtime_class(runtime)(path)) as session:  # type: ignore[call-arg]  # a runtime's own arguments
-        session.require_precision(precision, path)
-        actual = session.run_all(images, batch)
-    return expected, compare_outputs(expected, actual, precision, runtime)
+    with Session(runtime) as session:
+        session.require_precision(Path(runtime.name))
+        actual = session.run_all(fed, batch)
+    return expected, compare_outputs(expected, actual, precision, runtime.name)
 
 
 def verify(path: str | Path, weights: str | Path | None = None) -> dict[str, Any]:
@@ -82,9 +87,9 @@ def verify(path: str | Path, weights: str | Path | None = None) -> dict[str, Any
 def _against_sample(artifact: Artifact, where: str) -> Parity:
     from edgevit.export.verify import compare_outputs
 
-    with session_of(artifact, None) as session:
+    with session_of(artifact, RunOn()) as session:
         name = session.runtime.outputs[0].name
-        session.require_precision(artifact.manifest["precision"], artifact.path)
+        session.require_precision(artifact.path)
         stored = artifact.sample("output")
         actual = session.run({"image": artifact.sample("input")})
     parity = compare_outputs({name: stored}, {name: actual[name]}, artifact.manifest["precision"], session.runtime.name)
@@ -94,8 +99,9 @@ def _against_sample(artifact: Artifact, where: str) -> Parity:
 def _against_reference(artifact: Artifact, module: Any, card: ModelCard, where: str) -> Parity:
     manifest = artifact.manifest
     images = inputs.load_images(inputs.photographs(), card.image, artifact.image_size)
-    runtime = registry.exporter(manifest["target"]).runtime
-    _, parity = _compare(module, images, manifest["batch"], manifest["precision"], artifact.model_file, runtime)
+    runtime = session_of(artifact, RunOn()).runtime
+    pictures = images, as_fed(artifact, images)
+    _, parity = _compare(module, pictures, manifest["batch"], manifest["precision"], runtime)
     return _passed(parity, where, "reference")
 
 

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgevit import inputs, registry
 from edgevit.artifact import Artifact, load_artifact
-from edgevit.errors import RuntimeFailure, UnknownNameError, UsageError
+from edgevit.contracts import Runtime
+from edgevit.errors import MissingDependencyError, RuntimeFailure, UnknownNameError, UsageError
+from edgevit.options import parse_options
 from edgevit.predictions import top_classes
 from edgevit.runtimes import Session
 from edgevit.specs import Size
 
 
-def load(path: str | Path, threads: int | None = None, image_size: Size | None = None) -> Session:
+@dataclass(frozen=True)
+class RunOn:
+    """What runs an artifact: a registered runtime (None: the target's own), its threads and its options."""
+
+    runtime: str | None = None
+    threads: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load(
+    path: str | Path,
+    threads: int | None = None,
+    image_size: Size | None = None,
+    runtime: str | None = None,
+    runtime_options: Mapping[str, Any] | None = None,
+) -> Session:
     """An artifact as a runtime: `with edgevit.load(path) as runtime: runtime.run({"image": array})["logits"]`.
 
-    `image_size` is (height, width), by default the artifact's first.
+    `image_size` is (height, width), by default the artifact's first. Where this machine cannot run the target, what
+    checked the export stands in: `.runtime.name` says which it is.
 
     Raises:
-        ArtifactError: missing, changed or of a newer schema. UsageError: a size that it does not hold.
+        ArtifactError: missing, changed or of another schema. UsageError: a size that it does not hold, a runtime that
+        does not take its files, or an option that the runtime does not have.
     """
-    return session_of(load_at(path, image_size), threads)
+    return session_of(load_at(path, image_size), RunOn(runtime, threads, runtime_options or {}))
 
 
 def load_at(path: str | Path, image_size: Size | None) -> Artifact:
@@ -33,22 +54,51 @@ def load_at(path: str | Path, image_size: Size | None) -> Artifact:
     return artifact if image_size is None else artifact.at(image_size)
 
 
-def session_of(
-    artifact: Artifact, threads: int | None, model_file: Path | None = None, runtime: str | None = None
-) -> Session:
-    """What runs an artifact, or in its place another `model_file` of the same target; not loaded yet.
-
-    `runtime` is that of the target unless another is named.
+def session_of(artifact: Artifact, on: RunOn, model_file: Path | None = None) -> Session:
+    """What runs an artifact, or in its place another `model_file`; not loaded yet.
 
     Raises:
-        UnknownNameError: no runtime of this name takes such a file.
+        UnknownNameError: no runtime of this name takes its files.
     """
-    path = model_file or artifact.model_file
-    if runtime is None:
-        runtime = registry.exporter(artifact.manifest["target"]).runtime
-    elif runtime not in registry.runtimes_for(path.name):
-        raise UnknownNameError(f"runtime for {path.name}", runtime, registry.runtimes_for(path.name))
-    return Session(registry.runtime_class(runtime)(path, threads))  # type: ignore[call-arg]  # a runtime's own arguments
+    name, path = (on.runtime, None) if on.runtime else _own_runtime(artifact)
+    files = [file for file in (model_file, path) if file] or [artifact.model_file, artifact.checked_file]
+    path = next((file for file in files if name in registry.runtimes_for(file.name)), None)
+    if path is None:
+        known = {runtime for file in files for runtime in registry.runtimes_for(file.name)}
+        raise UnknownNameError(f"runtime for {files[0].name}", name, known)
+    return Session(open_runtime(name, path, artifact.manifest["precision"], on))
+
+
+def open_runtime(name: str, path: Path, precision: str, on: RunOn) -> Runtime:
+    """A registered runtime on a model file; not loaded yet.
+
+    Raises:
+        UnknownNameError, UsageError: an option that it does not have, or a value of the wrong kind.
+    """
+    cls = registry.runtime_class(name)
+    return cls(path, on.threads, precision, parse_options(cls.OPTIONS, f"runtime {name}", on.options))
+
+
+def _own_runtime(artifact: Artifact) -> tuple[str, Path]:
+    """The target's runtime and the file it takes; where it cannot run here, what checked the export."""
+    exporter = registry.exporter(artifact.manifest["target"])
+    path = artifact.model_file
+    if exporter.runtime in registry.runtimes_for(path.name) and obstacle_of(exporter.runtime) is None:
+        return exporter.runtime, path
+    return exporter.checker, artifact.checked_file
+
+
+def obstacle_of(runtime: str) -> str | None:
+    """Why a registered runtime cannot run anything on this machine and what to do, or None."""
+    try:
+        return registry.runtime_class(runtime).obstacle()
+    except MissingDependencyError as error:
+        return str(error)
+
+
+def as_fed(artifact: Artifact, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Normalised pictures (n, 3, h, w) as an artifact's input takes them: as they are, or as pixels."""
+    return inputs.as_values(images, artifact.image_spec, artifact.manifest["inputs"][0]["values"])
 
 
 def predict(
@@ -57,6 +107,8 @@ def predict(
     labels: str | Path | None = None,
     top: int = 5,
     image_size: Size | None = None,
+    runtime: str | None = None,
+    runtime_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The `top` classes of each picture, with probabilities from a softmax in float64.
 
@@ -66,8 +118,8 @@ def predict(
     """
     artifact = load_at(path, image_size)
     batch = inputs.load_images([Path(image) for image in images], artifact.image_spec)
-    with session_of(artifact, None) as session:
-        outputs = session.run_all(batch, artifact.manifest["batch"])
+    with session_of(artifact, RunOn(runtime, options=runtime_options or {})) as session:
+        outputs = session.run_all(as_fed(artifact, batch), artifact.manifest["batch"])
     if "logits" not in outputs:
         raise UsageError(f"{path}: has no logits (outputs {', '.join(outputs)}); run needs a classifier")
     logits = outputs["logits"]
@@ -76,6 +128,7 @@ def predict(
     names = None if labels is None else inputs.read_labels(Path(labels), logits.shape[1])
     return {
         "artifact": str(path),
+        "runtime": session.runtime.name,
         "random_weights": artifact.random_weights,
         "predictions": [
             {"image": str(image), "top": top_classes(row, names, top)}

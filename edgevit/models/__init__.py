@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import types
-import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +12,8 @@ import torch
 from torch import nn
 
 from edgevit import checkpoint
-from edgevit.errors import UnknownNameError, UsageError
+from edgevit.errors import UsageError
+from edgevit.options import parse_options
 from edgevit.registry import family_of
 from edgevit.specs import ModelCard
 
@@ -118,46 +115,6 @@ def _classes_of(state: Mapping[str, torch.Tensor] | None, layer: str) -> int:
     if rows is None or rows.dim() != 2 or not 1 <= rows.shape[0] <= MAX_CLASSES:
         return DEFAULT_CLASSES
     return rows.shape[0]
-
-
-def parse_options(kind: type[Any], model: str, given: Mapping[str, Any]) -> Any:
-    """The family's options dataclass from values, or from the texts of a command line.
-
-    Raises:
-        UnknownNameError: the family has no such option. UsageError: a value of the wrong type.
-    """
-    fields = {field.name for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in given.items():
-        if key not in fields:
-            raise UnknownNameError(f"option of {model}", key, fields)
-        values[key] = _parse(hints[key], key, value)
-    return kind(**values)
-
-
-def _parse(kind: Any, key: str, value: Any) -> Any:
-    """One option's value as its type: bool, int, str, a choice of texts, or a tuple of whole numbers ("7,7,7,7")."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:  # `... | None`: a default that depends on the variant
-        return None if value is None else _parse(arguments[0], key, value)
-    if origin is typing.Literal:
-        if value in arguments:
-            return value
-        raise UsageError(f"option {key}={value}: expected {' or '.join(arguments)}")
-    if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        if isinstance(parts, list | tuple) and len(parts) == len(arguments):
-            return tuple(_parse(int, key, part) for part in parts)
-        raise UsageError(f"option {key}={value}: expected {len(arguments)} whole numbers, e.g. {key}=7,7,7,7")
-    if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if kind is int and isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-        return int(value)
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    wanted = {bool: "true or false", int: "a whole number"}.get(kind, kind.__name__)
-    raise UsageError(f"option {key}={value}: expected {wanted}")
 
 
 def randomize_(module: nn.Module) -> None:

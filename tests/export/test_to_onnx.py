@@ -21,8 +21,9 @@ from edgevit.bench.complexity import count_module
 from edgevit.export import passes, to_onnx
 from edgevit.export.capture import capture
 from edgevit.export.deploy import DeploySpec, deploy
-from edgevit.models import load_model, parse_options
+from edgevit.models import load_model
 from edgevit.models.crossformer import DynamicPositionBias
+from edgevit.options import parse_options
 from edgevit.registry import family_of, model_names
 from edgevit.runtimes import Session
 from edgevit.runtimes.ort import OrtRuntime

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from edgevit.bench.complexity import count_module
 from edgevit.checkpoint import load_state
 from edgevit.errors import CheckpointError, UnknownNameError, UsageError
-from edgevit.models import crossformer, load_model, parse_options
+from edgevit.models import crossformer, load_model
 from edgevit.models.crossformer import (
     CARDS,
     CONFIGS,
@@ -40,6 +40,7 @@ from edgevit.models.crossformer import (
     partition,
 )
 from edgevit.models.layers import Features
+from edgevit.options import parse_options
 from edgevit.registry import model_names
 
 GOLDEN = Path(__file__).parents[1] / "golden"

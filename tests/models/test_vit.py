@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edgevit.bench.complexity import count_module
 from edgevit.errors import CheckpointError, UsageError
-from edgevit.models import LoadedModel, load_model, parse_options, randomize_
+from edgevit.models import LoadedModel, load_model, randomize_
 from edgevit.models.layers import BlockSequence
 from edgevit.models.vit import (
     CARDS,
@@ -29,6 +29,7 @@ from edgevit.models.vit import (
     build,
     filter_checkpoint,
 )
+from edgevit.options import parse_options
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASE = "deit_tiny-224x224"

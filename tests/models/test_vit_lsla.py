@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgevit.bench.complexity import count_module
 from edgevit.errors import CheckpointError, UsageError
-from edgevit.models import load_model, parse_options, randomize_
+from edgevit.models import load_model, randomize_
 from edgevit.models.layers import BlockSequence, Features
 from edgevit.models.swin import frame, shift_mask
 from edgevit.models.vit_lsla import (
@@ -27,6 +27,7 @@ from edgevit.models.vit_lsla import (
     build,
     filter_checkpoint,
 )
+from edgevit.options import parse_options
 
 SIZES = {  # parameters with 100, 102 and 1000 classes; of the stem and the four stages; MACs with 1000 classes
     "vit_lsla": (

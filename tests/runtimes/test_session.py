@@ -250,10 +250,10 @@ def test_all_pictures_run_in_batches_that_the_graph_takes(batch: Any, count: int
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16+fp32", ""])
 def test_a_precision_that_is_not_what_runs_is_an_error(precision: str) -> None:
-    with Session(FakeRuntime(means, precision=precision)) as session:
-        with pytest.raises(RuntimeFailure) as caught:
-            session.require_precision("fp32", Path("dist/model"))
-        session.require_precision(precision, Path("dist/model"))
+    with Session(FakeRuntime(means, precision=precision)) as session, pytest.raises(RuntimeFailure) as caught:
+        session.require_precision(Path("dist/model"))
+    with Session(FakeRuntime(means, precision=precision, asked=precision)) as session:
+        session.require_precision(Path("dist/model"))
     assert str(caught.value) == (
         f"dist/model: runs in {precision}, expected fp32; its numbers would be another model's"
     )

@@ -54,12 +54,26 @@ def parse_batch(text: str) -> int | str:
 
 
 def parse_options(pairs: list[str] | None) -> dict[str, str]:
-    """["a=b"] -> {"a": "b"}.
+    """What `--option` was given: ["a=b"] -> {"a": "b"}.
 
     Raises:
         UsageError: a pair without "=".
     """
+    return _pairs(pairs, "--option", "spatial_dynamic_relu=true")
+
+
+def parse_runtime_options(pairs: list[str] | None) -> dict[str, str]:
+    """What `--runtime-option` was given.
+
+    Raises:
+        UsageError: a pair without "=".
+    """
+    return _pairs(pairs, "--runtime-option", "device=GPU")
+
+
+def _pairs(pairs: list[str] | None, flag: str, example: str) -> dict[str, str]:
+    """["a=b"] -> {"a": "b"}."""
     for pair in pairs or []:
         if "=" not in pair:
-            raise UsageError(f"--option {pair!r}: expected KEY=VALUE, e.g. spatial_dynamic_relu=true")
+            raise UsageError(f"{flag} {pair!r}: expected KEY=VALUE, e.g. {example}")
     return dict(pair.split("=", 1) for pair in pairs or [])

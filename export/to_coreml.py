@@ -1,0 +1,346 @@
+"""The Core ML target: `model.mlpackage`, an ML program in float32 or float16, made from the captured deploy form.
+
+Conversion needs no Mac; running does. What was saved is checked by `edgevit.runtimes.mil_reference`, which runs the
+program of the package operator by operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from edgevit import __version__
+from edgevit.contracts import Built
+from edgevit.errors import ExportError, UnknownNameError, UsageError
+from edgevit.inputs import read_labels
+from edgevit.specs import MAX_BATCH, Ability, Certificate, ExportSpec, ModelCard, TensorSpec, size_text
+
+from . import passes
+from .capture import capture, quiet, single_thread
+from .deploy import DeploySpec, deploy
+from .mil_pixels import scaled_input
+from .to_onnx import output_names, to_graph
+
+logging.getLogger("coremltools").addHandler(logging.NullHandler())  # its import prints what it does not find on Linux
+
+import coremltools as ct  # noqa: E402  # after the line above, or the remarks are printed
+from coremltools.converters.mil.frontend.torch import ops as torch_ops  # noqa: E402  # as above
+from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY  # noqa: E402  # as above
+from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry  # noqa: E402  # as above
+from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass  # noqa: E402  # as above
+from coremltools.converters.mil.mil.passes.pass_registry import register_pass  # noqa: E402  # as above
+from coremltools.proto import Model_pb2  # noqa: E402  # as above
+
+PACKAGE = "model.mlpackage"
+PROGRAM = "Data/com.apple.CoreML/model.mlmodel"  # inside a package, as Core ML's tools lay it out
+DEBUG_MAP = "executorch_debug_handle_mapping.json"  # written for another project's debugger
+DATE = "com.github.apple.coremltools.conversion_date"  # the day of the export, which makes equal exports differ
+
+
+ANY_BATCH = "any batch: Core ML plans fixed shapes best; for the Neural Engine export the batch that you will use"
+
+
+@dataclass(frozen=True)
+class CoremlOptions:
+    """What a Core ML export takes beside.
+
+    ios: the oldest system that has to run it; macOS 13, 14 and 15 go with 16, 17 and 18.
+    input: "tensor" takes normalised float32, "image" a picture (RGB, 0 to 255), which the model normalises itself.
+    keep_fp32: operator types of the program that stay in float32 when the precision is fp16, e.g. softmax,layer_norm.
+        None is the default: with random weights no network here made more than 650 on the photographs (masks aside,
+        -1e4), a hundredth of float16's range, and every operator kept leaves the Neural Engine, which has float16
+        alone. A checkpoint that does overflow fails its parity check, which names what to keep.
+    labels: a file of class names, which makes the model a classifier with labels beside its logits.
+    author, license: shown by Xcode.
+    """
+
+    ios: Literal["16", "17", "18"] = "17"
+    input: Literal["tensor", "image"] = "tensor"
+    keep_fp32: tuple[str, ...] = ()
+    labels: Path | None = None
+    author: str = ""
+    license: str = ""
+
+
+class CoremlExporter:
+    """Deploy form -> torch.export -> coremltools -> model.mlpackage."""
+
+    name = "coreml"
+    runtime = "coreml"
+    checker = "mil_reference"
+    precisions = ("fp32", "fp16")
+    naive_suffix = ".mlpackage"
+    OPTIONS = CoremlOptions
+
+    def export(
+        self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
+    ) -> tuple[Built, ...]:
+        """Write `model.mlpackage`; for several sizes `model-HxW.mlpackage` each, with weights of their own."""
+        _check(specs[0])
+        with single_thread():
+            outputs = output_names(model, specs[0])
+        alone = len(specs) == 1
+        sizes = [size_text(spec.image_size or card.image.size) for spec in specs]
+        names = [PACKAGE if alone else f"model-{size}.mlpackage" for size in sizes]
+        return tuple(
+            _build(model, card, spec, outputs, directory / name) for spec, name in zip(specs, names, strict=True)
+        )
+
+    def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
+        """coremltools' conversion of the reference form, nothing else: what a user gets without edgevit."""
+        with single_thread():
+            program = capture(model.eval(), spec.batch, spec.image_size or card.image.size)
+            outputs = output_names(model, spec)
+        _save(_convert(program, outputs, spec, card, None), path)
+
+    def lint_for(self, settings: CoremlOptions) -> tuple[str, ...]:
+        """The rules of the oldest system that has to run it."""
+        return (f"coreml-ios{settings.ios}",)
+
+    def abilities(self) -> tuple[Ability, ...]:
+        """Core ML itself exists on Apple's systems only; everything before it does not need it."""
+        mac = bool(getattr(ct.models.model, "_MLModelProxy", None))
+        how = "" if mac else "copy the artifact to a Mac with macOS 13 or later and edgevit[coreml], run it there"
+        return (
+            Ability("build", True, f"model.mlpackage with coremltools {ct.__version__}"),
+            Ability("run", mac, "Core ML on this Mac" if mac else "Core ML exists on Apple's systems only", how),
+            Ability("check", True, "the saved program, operator by operator, in float32 and emulated float16"),
+        )
+
+
+def _check(spec: ExportSpec) -> None:
+    """Refuse what cannot go together, before any work."""
+    settings = spec.settings
+    unknown = [name for name in settings.keep_fp32 if name not in SSAOpRegistry.core_ops]
+    if unknown:
+        raise UnknownNameError("operator type of a Core ML program in keep_fp32", unknown[0], SSAOpRegistry.core_ops)
+    if settings.keep_fp32 and spec.precision != "fp16":
+        raise UsageError(
+            f"option keep_fp32 with precision {spec.precision}: it excepts operators from fp16; add --precision fp16"
+        )
+    if settings.input == "image" and spec.batch != 1:
+        raise UsageError(
+            f"option input=image with batch {spec.batch}: Core ML takes one picture at a time; use batch 1"
+        )
+    if settings.labels is not None and spec.features_only:
+        raise UsageError("option labels with features only: features have no classes; leave one of them out")
+    if settings.labels is not None and spec.batch != 1:
+        raise UsageError(f"option labels with batch {spec.batch}: Core ML names one class at a time; use batch 1")
+
+
+def _build(model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], path: Path) -> Built:
+    """Write the package for one size."""
+    settings, size = spec.settings, spec.image_size or card.image.size
+    pointwise: Literal["dense", "grouped"] = "grouped" if spec.pointwise == "grouped" else "dense"
+    choices: dict[str, Any] = {"pointwise": pointwise, "ios": settings.ios, "input": settings.input}
+    with single_thread():
+        form, certificates = deploy(model, DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=None))
+        program = capture(form, spec.batch, size)
+        graph = passes.run(to_graph(program, outputs), (*passes.CLEANUP, *passes.FINISH))
+        if settings.input == "image":
+            form, choices["std"] = scaled_input(form, card.image.std, torch.zeros(1, 3, *size))
+        labels = None
+        if settings.labels is not None:
+            labels = read_labels(settings.labels, int(form(torch.zeros(1, 3, *size)).shape[1]))
+            form = _WithProbabilities(form).eval()
+        if labels or settings.input == "image":
+            program = capture(form, spec.batch, size)
+    converted = _convert(program, outputs, spec, card, labels)
+    _describe(converted, card, spec)
+    _save(converted, path)
+    if spec.precision == "fp16":
+        choices["keep_fp32"] = list(settings.keep_fp32)
+    built = _built(path.name, converted, ir.to_proto(graph), certificates, choices)
+    return replace(built, notes=(ANY_BATCH,)) if spec.batch == "dynamic" else built
+
+
+class _WithProbabilities(nn.Module):
+    """Logits, and the probabilities that Core ML names a class by."""
+
+    def __init__(self, form: nn.Module) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (1, 3, h, w) -> twice (1, classes)."""
+        logits = self.form(x)
+        return logits, torch.softmax(logits, 1)
+
+
+def _convert(
+    program: ExportedProgram, outputs: list[str], spec: ExportSpec, card: ModelCard, labels: list[str] | None
+) -> Any:
+    """The package's model, not saved yet.
+
+    Raises:
+        ExportError: coremltools cannot convert an operator, or a tensor has more than five axes.
+    """
+    settings = spec.settings
+    height, width = spec.image_size or card.image.size
+    batch = ct.RangeDim(1, MAX_BATCH, default=1) if spec.batch == "dynamic" else spec.batch
+    shape = (batch, 3, height, width)
+    if settings.input == "image":
+        bias = [-mean for mean in card.image.mean]
+        image = ct.ImageType("image", shape, scale=1 / 255, bias=bias, color_layout=ct.colorlayout.RGB)
+    else:
+        image = ct.TensorType("image", shape, dtype=np.float32)
+    names = [*outputs, "probabilities"] if labels else outputs
+    classes = ct.ClassifierConfig(labels, predicted_probabilities_output="probabilities") if labels else None
+    kept = set(settings.keep_fp32)
+    half = ct.transform.FP16ComputePrecision(lambda operation: operation.op_type not in kept)
+    pipeline = ct.PassPipeline.DEFAULT
+    if labels:
+        pipeline.append_pass(FORGET)
+    with quiet(), _silent() as remarks, _alias_known():
+        try:
+            converted = ct.convert(
+                program.run_decompositions({}),
+                convert_to="mlprogram",
+                inputs=[image],
+                outputs=[ct.TensorType(name, dtype=np.float32) for name in names],
+                classifier_config=classes,
+                pass_pipeline=pipeline,
+                minimum_deployment_target=getattr(ct.target, f"iOS{settings.ios}"),
+                compute_precision=half if spec.precision == "fp16" else ct.precision.FLOAT32,
+                skip_model_load=True,
+            )
+        except Exception as error:  # coremltools raises whatever its passes meet
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            place = f"{remarks[-1]}: " if remarks else ""
+            raise ExportError(f"conversion to Core ML: {place}{reason[:200]}; please report the model") from error
+    return converted
+
+
+@register_pass(namespace="edgevit")
+class forget_output_types(AbstractGraphPass):  # type: ignore[misc]  # noqa: N801  # coremltools is untyped; its names
+    """coremltools gives a classifier an output more than was asked for, and then looks for the type of each.
+
+    By the end of its passes the types are part of the program.
+    """
+
+    def apply(self, prog: Any) -> None:
+        """Forget them."""
+        for function in prog.functions.values():
+            function.output_types = None
+
+
+FORGET = "edgevit::forget_output_types"
+
+
+def _describe(converted: Any, card: ModelCard, spec: ExportSpec) -> None:
+    """Metadata that Xcode shows and programs read; nothing of the machine that exported."""
+    image, settings = card.image, spec.settings
+    converted.short_description = f"{card.title} ({card.name}), {card.url}"
+    converted.author, converted.license, converted.version = settings.author, settings.license, __version__
+    taken = "RGB pixels, normalised inside" if settings.input == "image" else "(RGB / 255 - mean) / std, planes"
+    weights = f"random, seed {spec.seed}" if spec.weights is None else Path(spec.weights).name
+    facts = {
+        "model": card.name, "version": __version__, "weights": weights, "precision": spec.precision, "input": taken,
+        "mean": ", ".join(map(str, image.mean)), "std": ", ".join(map(str, image.std)),
+        "crop": str(image.crop), "interpolation": image.interpolation,
+    }  # fmt: skip
+    for key, value in facts.items():
+        converted.user_defined_metadata[f"edgevit.{key}"] = value
+    converted.user_defined_metadata.pop(DATE, None)
+
+
+def _save(converted: Any, path: Path) -> None:
+    """Write the package with nothing random of ours: maps in order, items named after their paths."""
+    package = path.with_suffix(".mlpackage")
+    with _silent():
+        converted.save(str(package))
+    (package / DEBUG_MAP).unlink(missing_ok=True)
+    spec: Any = Model_pb2.Model()
+    spec.ParseFromString((package / PROGRAM).read_bytes())
+    (package / PROGRAM).write_bytes(spec.SerializeToString(deterministic=True))
+    (package / PROGRAM).chmod(0o644)  # coremltools leaves it readable by its writer alone
+    manifest = json.loads((package / "Manifest.json").read_text(encoding="utf-8"))
+    names = {
+        old: str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])) for old, item in manifest["itemInfoEntries"].items()
+    }
+    manifest["rootModelIdentifier"] = names[manifest["rootModelIdentifier"]]
+    items = sorted((names[old], item) for old, item in manifest["itemInfoEntries"].items())
+    text = json.dumps({**manifest, "itemInfoEntries": dict(items)}, indent=2, sort_keys=True)
+    (package / "Manifest.json").write_text(text + "\n", encoding="utf-8")
+    if package != path:
+        shutil.move(package, path)
+
+
+def _built(
+    name: str, converted: Any, graph: Any, certificates: Sequence[Certificate], choices: dict[str, Any]
+) -> Built:
+    """What there is to say of the saved package."""
+    function = converted.get_spec().mlProgram.functions["main"]
+    block = function.block_specializations[function.opset]
+    made = {value.name: value.type for operation in block.operations for value in operation.outputs}
+    pixels: Literal["normalised", "pixels"] = "pixels" if choices["input"] == "image" else "normalised"
+    inputs = [TensorSpec(value.name, _lengths(value.type), values=pixels) for value in function.inputs]
+    outputs = [TensorSpec(name, _lengths(made[name])) for name in block.outputs if _lengths(made[name])]
+    inputs, outputs = (
+        [replace(s, layout="NCHW" if len(s.shape) == 4 else "") for s in each] for each in (inputs, outputs)
+    )
+    return Built(name, name, graph, tuple(inputs), tuple(outputs), tuple(certificates), choices)
+
+
+def _lengths(value_type: Any) -> tuple[int | str, ...]:
+    dimensions = value_type.tensorType.dimensions
+    return tuple(d.constant.size if d.WhichOneof("dimension") == "constant" else "batch" for d in dimensions)
+
+
+@contextlib.contextmanager
+def _alias_known() -> Iterator[None]:
+    """torch.export writes `alias` for a view of a whole tensor; coremltools has no translation for it."""
+    table = _TORCH_OPS_REGISTRY.name_to_func_mapping
+    if "alias" in table:
+        yield
+        return
+    table["alias"] = lambda context, node: context.add(
+        torch_ops._get_inputs(context, node, expected=1)[0], torch_name=node.name
+    )
+    try:
+        yield
+    finally:
+        del table["alias"]
+
+
+class _Remarks(logging.Handler):
+    """Keeps which operator coremltools says that it failed on."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines += [line.strip()[:120] for line in record.getMessage().splitlines() if "converting" in line]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[list[str]]:
+    """coremltools logs, warns and draws progress bars; stdout belongs to the caller's JSON. Yields its errors."""
+    logger, remarks = logging.getLogger("coremltools"), _Remarks()
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [remarks], False
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            yield remarks.lines
+    finally:
+        logger.handlers, logger.propagate = before

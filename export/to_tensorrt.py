@@ -1,0 +1,188 @@
+"""The TensorRT target: one strongly typed `model.onnx`, `build.sh` that builds it on a device, engines where asked.
+
+The ONNX file says in which type every tensor is computed, so that TensorRT 8.6, 10 and 11 mean the same by it: the last
+has no precision flags any more. An engine can be built here ahead of time for named GPUs (`gpu=sm89`), without one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+from torch import nn
+
+from edgevit.contracts import Built
+from edgevit.errors import MissingDependencyError, UsageError
+from edgevit.specs import MAX_BATCH, Ability, ExportSpec, ModelCard, size_text
+
+from . import engine, passes
+from .build_script import write_build_script
+from .capture import capture, single_thread
+from .deploy import DeploySpec, deploy
+from .half import TIDY, ToHalf
+from .opset import DecomposeHardSwish, DecomposeLayerNorm, lowering
+from .ranges import LIMIT, Ranges, measure_ranges
+from .shared_weights import SharedWeights
+from .to_onnx import WEIGHTS_FILE, OnnxExporter, output_names, save, signature, to_graph
+
+OPSETS = {"8.5": 17, "8.6": 17, "10.0": 20}  # the newest that the oldest TensorRT reads: with 20 Gelu is one operator
+LINTED = ("8.5", "8.6", "10.3", "11")  # versions that an export has to suit, from the oldest asked for on
+SHOWN = 3  # nodes kept in float32 that a note names; the manifest has all of them
+
+
+@dataclass(frozen=True)
+class TensorrtOptions:
+    """What the target takes beside.
+
+    gpu: compute capabilities to build `model.engine` for, ahead of time ("sm75", "sm86", "sm89", ...; several share one
+        file), or "here" for the GPU in this machine. None: `model.onnx` and `build.sh` only.
+    oldest: the oldest TensorRT that has to read `model.onnx`. 8.5 knows neither LayerNormalization nor HardSwish, which
+        are written out for it; from 10.0 on Gelu is one operator.
+    max_batch: the largest batch of an engine with a dynamic one; it is tuned for a batch of 1.
+    """
+
+    gpu: tuple[str, ...] = ()
+    oldest: Literal["8.5", "8.6", "10.0"] = "8.6"
+    max_batch: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_batch <= MAX_BATCH:
+            raise UsageError(f"option max_batch={self.max_batch}: expected a whole number from 1 to {MAX_BATCH}")
+
+
+class TensorrtExporter:
+    """Deploy form -> torch.export -> ONNX -> opset of the oldest TensorRT -> float16 by measured ranges -> engine."""
+
+    name = "tensorrt"
+    runtime = "trt"
+    checker = "typed_ort"
+    precisions = ("fp32", "fp16")
+    naive_suffix = ".onnx"
+    OPTIONS = TensorrtOptions
+
+    def export(
+        self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
+    ) -> tuple[Built, ...]:
+        """Write model.onnx, build.sh and perhaps model.engine; for several sizes one of each, as `model-HxW`.
+
+        Several graphs share `weights.bin`; an engine holds its own weights.
+        """
+        settings = specs[0].settings
+        engine.check_gpus(settings.gpu)
+        with single_thread():
+            outputs = output_names(model, specs[0])
+        if len(specs) == 1:
+            graph, built = _build(model, card, specs[0], outputs, "model.onnx")
+            save(graph, directory / built.checked_file)
+            return (_finish(built, specs[0], directory),)
+        pool, made = SharedWeights(), []
+        for spec in specs:
+            name = f"model-{size_text(spec.image_size or card.image.size)}.onnx"
+            graph, built = _build(model, card, spec, outputs, name)
+            pool.take(graph)
+            made.append((graph, built))
+        pool.write(directory, WEIGHTS_FILE)
+        for graph, built in made:
+            ir.save(graph, directory / built.checked_file)
+        return tuple(_finish(built, spec, directory) for (_, built), spec in zip(made, specs, strict=True))
+
+    def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
+        """The plain ONNX export, which is what trtexec is usually given."""
+        OnnxExporter().export_naive(model, card, spec, path)
+
+    def lint_for(self, settings: TensorrtOptions) -> tuple[str, ...]:
+        """TensorRT from the oldest version asked for to the newest."""
+        oldest = float(settings.oldest)
+        return tuple(f"tensorrt-{version}" for version in LINTED if float(version) >= oldest)
+
+    def abilities(self) -> tuple[Ability, ...]:
+        """ONNX and build.sh anywhere; engines ahead of time with tensorrt-rtx; running takes an NVIDIA GPU."""
+        files = Ability("build", True, "model.onnx, and build.sh for any device with trtexec (Jetson: sm_87 and later)")
+        try:
+            gpus = ", ".join(engine.known_gpus())
+            engines = Ability("build", True, f"engines ahead of time for {gpus} by tensorrt-rtx (--option gpu=...)")
+        except MissingDependencyError:
+            engines = Ability("build", False, "engines ahead of time, by tensorrt-rtx", engine.INSTALL)
+        problem = engine.gpu_problem()
+        there = "copy the directory to a machine with an NVIDIA GPU; build.sh needs trtexec there and no Python"
+        run = Ability("run", problem is None, problem or "an NVIDIA GPU is here", there if problem else "")
+        check = Ability(
+            "check", True, "model.onnx in its own types against the reference, by ONNX Runtime with float16 emulated"
+        )
+        return files, engines, run, check
+
+
+def _build(
+    model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], name: str
+) -> tuple[ir.Model, Built]:
+    """The graph for one size, and what there is to say of it once it is saved as `name`."""
+    settings, size = spec.settings, spec.image_size or card.image.size
+    pointwise: Literal["dense", "grouped"] = "grouped" if spec.pointwise == "grouped" else "dense"
+    why = "not measured on a GPU: the form with fewer operators" if spec.pointwise == "auto" else "asked for"
+    with single_thread():
+        form, certificates = deploy(model, DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=None))
+        graph = to_graph(capture(form, spec.batch, size), outputs)
+    old = settings.oldest == "8.5"
+    written_out = (DecomposeHardSwish(),) if old else ()
+    graph = passes.run(graph, (*passes.CLEANUP, *written_out, *lowering(OPSETS[settings.oldest]), *passes.FINISH))
+    choices: dict[str, Any] = {"pointwise": pointwise, "why": why, "oldest": settings.oldest}
+    notes: tuple[str, ...] = ()
+    if spec.precision == "fp16":
+        ranges = measure_ranges(graph, card.image, size, spec.batch)
+        half = ToHalf(ranges)
+        graph = passes.run(graph, (half, *TIDY, *passes.FINISH))
+        choices |= _half_choices(half, ranges)
+        notes = _half_notes(half)
+    if old:  # after float16, which keeps the operator in float32 as a whole: so are its parts
+        graph = passes.run(graph, (DecomposeLayerNorm(), *TIDY, *passes.FINISH))
+    inputs, outs = (tuple(signature(value) for value in side) for side in (graph.graph.inputs, graph.graph.outputs))
+    return graph, Built(name, name, ir.to_proto(graph), inputs, outs, tuple(certificates), choices, notes)
+
+
+def _half_choices(half: ToHalf, ranges: Ranges) -> dict[str, Any]:
+    return {
+        "kept_fp32": [kept.record() for kept in half.named],
+        "kept_fp32_operators": half.operators,
+        "fp16_ranges": ranges.record(),
+    }
+
+
+def _half_notes(half: ToHalf) -> tuple[str, ...]:
+    """What stays float32 in this network though its operator could be float16: worth a user's look."""
+    if not half.named:
+        return ()
+    shown = ", ".join(f"{kept.node} ({kept.tensor} reaches {kept.max_abs:.3g})" for kept in half.named[:SHOWN])
+    more = f" and {len(half.named) - SHOWN} more" if len(half.named) > SHOWN else ""
+    note = (
+        f"float16: {len(half.named)} of the nodes stay float32, because float16 with room for other pictures (up to "
+        f"{LIMIT:.0f}) does not hold their numbers: {shown}{more}"
+    )
+    return (note,)
+
+
+def _finish(built: Built, spec: ExportSpec, directory: Path) -> Built:
+    """Write the build script, and the engine if one was asked for, beside the saved graph."""
+    settings, image = spec.settings, built.inputs[0]
+    write_build_script(
+        directory,
+        onnx_file=built.checked_file,
+        precision=spec.precision,
+        input_name=image.name,
+        input_shape=image.shape,
+        oldest=settings.oldest,
+    )
+    if not settings.gpu:
+        return built
+    name = f"{Path(built.checked_file).stem}.engine"
+    largest = settings.max_batch if spec.batch == "dynamic" else None
+    made = engine.build_engine(directory / built.checked_file, directory / name, settings.gpu, largest)
+    note = (
+        f"{name} was built for {', '.join(made.gpus)} and not run here: what was compared with the reference is "
+        f"{built.checked_file}, from which it was built"
+    )
+    choices = {**built.choices, "engine": made.record()}
+    return dataclasses.replace(built, model_file=name, choices=choices, notes=(*built.notes, note))
