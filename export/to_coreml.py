@@ -28,11 +28,12 @@ from edgevit import __version__
 from edgevit.contracts import Built
 from edgevit.errors import ExportError, UnknownNameError, UsageError
 from edgevit.inputs import read_labels
-from edgevit.specs import MAX_BATCH, Ability, Certificate, ExportSpec, ModelCard, TensorSpec, size_text
+from edgevit.specs import MAX_BATCH, Ability, Certificate, ExportSpec, ModelCard, TensorSpec
 
 from . import passes
 from .capture import capture, quiet, single_thread
 from .deploy import DeploySpec, deploy
+from .files import file_names
 from .mil_pixels import scaled_input
 from .to_onnx import output_names, to_graph
 
@@ -46,7 +47,6 @@ from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass  
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass  # noqa: E402  # as above
 from coremltools.proto import Model_pb2  # noqa: E402  # as above
 
-PACKAGE = "model.mlpackage"
 PROGRAM = "Data/com.apple.CoreML/model.mlmodel"  # inside a package, as Core ML's tools lay it out
 DEBUG_MAP = "executorch_debug_handle_mapping.json"  # written for another project's debugger
 DATE = "com.github.apple.coremltools.conversion_date"  # the day of the export, which makes equal exports differ
@@ -94,12 +94,8 @@ class CoremlExporter:
         _check(specs[0])
         with single_thread():
             outputs = output_names(model, specs[0])
-        alone = len(specs) == 1
-        sizes = [size_text(spec.image_size or card.image.size) for spec in specs]
-        names = [PACKAGE if alone else f"model-{size}.mlpackage" for size in sizes]
-        return tuple(
-            _build(model, card, spec, outputs, directory / name) for spec, name in zip(specs, names, strict=True)
-        )
+        paths = [directory / name for name in file_names(card, specs, ".mlpackage")]
+        return tuple(_build(model, card, spec, outputs, path) for spec, path in zip(specs, paths, strict=True))
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
         """coremltools' conversion of the reference form, nothing else: what a user gets without edgevit."""

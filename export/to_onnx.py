@@ -21,18 +21,16 @@ from torch.export import Dim, ExportedProgram
 
 from edgevit.contracts import Built
 from edgevit.errors import ExportError
-from edgevit.specs import MAX_BATCH, Ability, ExportSpec, ModelCard, NoOptions, TensorSpec, size_text
+from edgevit.specs import MAX_BATCH, Ability, ExportSpec, ModelCard, NoOptions, TensorSpec
 
 from . import passes
 from .capture import capture, example_image, quiet, single_thread
 from .deploy import DeploySpec, deploy
-from .shared_weights import SharedWeights
+from .files import file_names, save_graphs
 
 OPSET = 20  # LayerNormalization (17) and Gelu (20) stay one operator each; every current runtime reads it
 # Of hidden activations in a branch: 508M was fastest of 400, 640, 1000 and 1300 KiB, 294M much the same at 450 and 700.
 CACHE_BYTES = 640 << 10
-EXTERNAL_BYTES = 1_500_000_000  # protobuf stops at 2 GB; beyond this the weights go beside the graph
-MODEL_FILE, WEIGHTS_FILE = "model.onnx", "weights.bin"
 
 
 class OnnxExporter:
@@ -50,20 +48,9 @@ class OnnxExporter:
         """Write `model.onnx`, weights inside; for several sizes `model-HxW.onnx` each and `weights.bin` for all."""
         with single_thread():
             outputs = output_names(model, specs[0])
-        if len(specs) == 1:
-            graph, built = _build(model, card, specs[0], outputs, MODEL_FILE)
-            save(graph, directory / MODEL_FILE)
-            return (built,)
-        pool, made = SharedWeights(), []
-        for spec in specs:
-            name = f"model-{size_text(spec.image_size or card.image.size)}.onnx"
-            graph, built = _build(model, card, spec, outputs, name)
-            pool.take(graph)
-            made.append((graph, built))
-        pool.write(directory, WEIGHTS_FILE)
-        for graph, built in made:
-            ir.save(graph, directory / built.model_file)
-        return tuple(built for _, built in made)
+        names = file_names(card, specs, ".onnx")
+        graphs = (_build(model, card, *each, outputs) for each in zip(specs, names, strict=True))
+        return save_graphs(graphs, directory, alone=len(specs) == 1)
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
         """`torch.onnx.export(dynamo=True)` of the reference form, nothing else: what a user gets without edgevit."""
@@ -88,7 +75,7 @@ class OnnxExporter:
 
 
 def _build(
-    model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], name: str
+    model: nn.Module, card: ModelCard, spec: ExportSpec, name: str, outputs: list[str]
 ) -> tuple[ir.Model, Built]:
     """The graph for one size, and what there is to say of it once it is saved as `name`."""
     size = spec.image_size or card.image.size
@@ -143,12 +130,6 @@ def to_graph(program: ExportedProgram, outputs: list[str]) -> ir.Model:
     graph: ir.Model = converted.model
     graph.producer_name, graph.producer_version = "edgevit", None
     return graph
-
-
-def save(graph: ir.Model, path: Path) -> None:
-    """Write the model, weights inside the file unless they would exceed protobuf's limit."""
-    weights = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
-    ir.save(graph, path, external_data=f"{path.name}.data" if weights > EXTERNAL_BYTES else None)
 
 
 def signature(value: ir.Value) -> TensorSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +16,12 @@ from torch import nn
 
 from edgevit.contracts import Built
 from edgevit.errors import ExportError
-from edgevit.specs import Ability, ExportSpec, ModelCard, NoOptions, TensorSpec, size_text
+from edgevit.specs import Ability, ExportSpec, ModelCard, NoOptions, TensorSpec
 
 from . import passes
 from .capture import capture, single_thread
 from .deploy import DeploySpec, deploy
+from .files import file_names
 from .to_onnx import CACHE_BYTES, OnnxExporter, output_names, to_graph
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # where PyTorch's exporter notes the modules that a node came from
@@ -51,8 +53,10 @@ class OpenvinoExporter:
         """Write `model.xml` and `model.bin`; for several sizes `model-HxW.xml` and `model-HxW.bin` each."""
         with single_thread():
             outputs = output_names(model, specs[0])
-        alone = len(specs) == 1
-        return tuple(_build(model, card, spec, outputs, directory, alone) for spec in specs)
+        paths = [directory / name for name in file_names(card, specs, ".xml")]
+        made = [_build(model, card, spec, outputs, path) for spec, path in zip(specs, paths, strict=True)]
+        notes = () if len(specs) == 1 else (SEPARATE,)
+        return tuple(replace(built, notes=(*built.notes, *notes)) for built in made)
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
         """The plain ONNX export of the reference form, which OpenVINO reads as it is.
@@ -79,12 +83,9 @@ class OpenvinoExporter:
         )
 
 
-def _build(
-    model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], directory: Path, alone: bool
-) -> Built:
+def _build(model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], path: Path) -> Built:
     """Write the IR of one size and say what there is to say of it."""
     size = spec.image_size or card.image.size
-    name = "model.xml" if alone else f"model-{size_text(size)}.xml"
     pointwise: Literal["dense", "grouped"] = "grouped" if spec.pointwise == "grouped" else "dense"
     why = GROUPED if spec.pointwise == "auto" else "asked for"
     shape = DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=CACHE_BYTES)
@@ -95,13 +96,14 @@ def _build(
     name_by_module(graph)  # before FINISH, which forgets the modules
     proto = ir.to_proto(passes.run(graph, passes.FINISH))
     converted = to_ir(proto)
-    _save(converted, directory / name, half=spec.precision == "fp16")
+    _save(converted, path, half=spec.precision == "fp16")
     hint = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[spec.precision]
     stored = "f16" if spec.precision == "fp16" else "f32"
     choices = {"pointwise": pointwise, "why": why, "weights": stored, "inference_precision": hint}
-    notes = (SET_PRECISION.format(hint=hint), *(() if alone else (SEPARATE,)))
     inputs, outs = (tuple(_signature(v) for v in side) for side in (proto.graph.input, proto.graph.output))
-    return Built(name, name, proto, inputs, outs, tuple(certificates), choices, notes)
+    return Built(
+        path.name, path.name, proto, inputs, outs, tuple(certificates), choices, (SET_PRECISION.format(hint=hint),)
+    )
 
 
 def name_by_module(graph: ir.Model) -> None:

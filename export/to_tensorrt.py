@@ -17,17 +17,17 @@ from torch import nn
 
 from edgevit.contracts import Built
 from edgevit.errors import MissingDependencyError, UsageError
-from edgevit.specs import MAX_BATCH, Ability, ExportSpec, ModelCard, size_text
+from edgevit.specs import MAX_BATCH, Ability, ExportSpec, ModelCard
 
 from . import engine, passes
 from .build_script import write_build_script
 from .capture import capture, single_thread
 from .deploy import DeploySpec, deploy
+from .files import file_names, save_graphs
 from .half import TIDY, ToHalf
 from .opset import DecomposeHardSwish, DecomposeLayerNorm, lowering
 from .ranges import LIMIT, Ranges, measure_ranges
-from .shared_weights import SharedWeights
-from .to_onnx import WEIGHTS_FILE, OnnxExporter, output_names, save, signature, to_graph
+from .to_onnx import OnnxExporter, output_names, signature, to_graph
 
 OPSETS = {"8.5": 17, "8.6": 17, "10.0": 20}  # the newest that the oldest TensorRT reads: with 20 Gelu is one operator
 LINTED = ("8.5", "8.6", "10.3", "11")  # versions that an export has to suit, from the oldest asked for on
@@ -75,20 +75,10 @@ class TensorrtExporter:
         engine.check_gpus(settings.gpu)
         with single_thread():
             outputs = output_names(model, specs[0])
-        if len(specs) == 1:
-            graph, built = _build(model, card, specs[0], outputs, "model.onnx")
-            save(graph, directory / built.checked_file)
-            return (_finish(built, specs[0], directory),)
-        pool, made = SharedWeights(), []
-        for spec in specs:
-            name = f"model-{size_text(spec.image_size or card.image.size)}.onnx"
-            graph, built = _build(model, card, spec, outputs, name)
-            pool.take(graph)
-            made.append((graph, built))
-        pool.write(directory, WEIGHTS_FILE)
-        for graph, built in made:
-            ir.save(graph, directory / built.checked_file)
-        return tuple(_finish(built, spec, directory) for (_, built), spec in zip(made, specs, strict=True))
+        names = file_names(card, specs, ".onnx")
+        graphs = (_build(model, card, *each, outputs) for each in zip(specs, names, strict=True))
+        made = save_graphs(graphs, directory, alone=len(specs) == 1)
+        return tuple(_finish(built, spec, directory) for built, spec in zip(made, specs, strict=True))
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
         """The plain ONNX export, which is what trtexec is usually given."""
@@ -117,7 +107,7 @@ class TensorrtExporter:
 
 
 def _build(
-    model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], name: str
+    model: nn.Module, card: ModelCard, spec: ExportSpec, name: str, outputs: list[str]
 ) -> tuple[ir.Model, Built]:
     """The graph for one size, and what there is to say of it once it is saved as `name`."""
     settings, size = spec.settings, spec.image_size or card.image.size

@@ -23,7 +23,7 @@ from edgevit.contracts import Arrays
 from edgevit.errors import RuntimeFailure
 from edgevit.specs import OperatorTime, TensorSpec
 
-from .mil_program import Program, described, read_program
+from .mil_program import Program, ProgramRuntime, read_program
 
 logging.getLogger("coremltools").addHandler(logging.NullHandler())  # its import prints what it does not find on Linux
 
@@ -42,7 +42,7 @@ class CoremlRuntimeOptions:
     compute_units: Literal["ALL", "CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE"] = "ALL"
 
 
-class CoremlRuntime:
+class CoremlRuntime(ProgramRuntime):
     """Runs the package at `path`, one prediction after the other.
 
     The types of a Core ML program are the least precision: Core ML may compute a float16 operator in float32, mostly on
@@ -88,26 +88,6 @@ class CoremlRuntime:
             self._model = ct.models.MLModel(str(self.path), compute_units=self._units)
         except Exception as error:  # Core ML's errors come as RuntimeError and others
             raise RuntimeFailure(f"{self.path}: Core ML cannot load it: {_line(error)}") from error
-
-    @property
-    def inputs(self) -> list[TensorSpec]:
-        """The model's inputs; an image input takes RGB from 0 to 255."""
-        return list(self._loaded().inputs)
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        """The model's outputs; a classifier's label is a text."""
-        return described(self._loaded())
-
-    @property
-    def asked_precision(self) -> str:
-        """`precision`, and where it is fp16 also fp16+fp32: an export may keep operators in float32."""
-        return self._loaded().asked(self.precision)
-
-    @property
-    def effective_precision(self) -> str:
-        """The types of what the program's products make: the least that Core ML computes in."""
-        return self._loaded().precision
 
     def describe(self) -> dict[str, Any]:
         """Versions, compute units, and the device that Core ML prefers for how many operators."""
@@ -181,11 +161,6 @@ class CoremlRuntime:
                 f"{self.path}: no compute plan: {_line(error)}; it needs macOS 14.4 or later"
             ) from error
         return found
-
-    def _loaded(self) -> Program:
-        if self._program is None or self._model is None:
-            raise RuntimeFailure(f"{self.path}: the Core ML model is not loaded")
-        return self._program
 
 
 def _fed(array: NDArray[Any], spec: TensorSpec) -> Any:

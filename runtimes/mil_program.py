@@ -268,10 +268,39 @@ def _inputs(
     return tuple(specs), tuple(bgr)
 
 
-def described(program: Program) -> list[TensorSpec]:
-    """The program's outputs; what is no tensor is a text."""
-    made = {out.name: out for step in program.steps for out in step.outputs}
-    return [_described(made[name]) for name in program.outputs if name in made]
+class ProgramRuntime:
+    """What the program of a saved package tells by itself, whoever runs it."""
+
+    path: Path
+    precision: str
+    _program: Program | None
+
+    @property
+    def inputs(self) -> list[TensorSpec]:
+        """The model's inputs; an image input takes RGB from 0 to 255."""
+        return list(self._loaded().inputs)
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        """The program's tensors; a classifier's label comes as a text beside them."""
+        program = self._loaded()
+        made = {out.name: out for step in program.steps for out in step.outputs}
+        return [_described(made[name]) for name in program.outputs if name in made]
+
+    @property
+    def asked_precision(self) -> str:
+        """`precision`, and where it is fp16 also fp16+fp32: an export may keep operators in float32."""
+        return self._loaded().asked(self.precision)
+
+    @property
+    def effective_precision(self) -> str:
+        """The types of what the saved program's products make: the least that Core ML computes in."""
+        return self._loaded().precision
+
+    def _loaded(self) -> Program:
+        if self._program is None:
+            raise RuntimeFailure(f"{self.path}: the Core ML program is not loaded")
+        return self._program
 
 
 def _described(out: Output) -> TensorSpec:

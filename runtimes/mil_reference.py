@@ -23,14 +23,14 @@ from torch import Tensor
 
 from edgevit.contracts import Arrays
 from edgevit.errors import RuntimeFailure
-from edgevit.specs import NoOptions, OperatorTime, TensorSpec
+from edgevit.specs import NoOptions, OperatorTime
 
 from . import mil_ops_owner
 from .mil_ops import ACTIVATIONS, ELEMENTWISE, QUANTIZATION, REDUCTIONS, Operands, Operator, Result
 from .mil_ops_nn import NN
 from .mil_ops_shape import SHAPE
 from .mil_package import Kind
-from .mil_program import SPEC_VERSIONS, Output, Program, Step, described, read_program
+from .mil_program import SPEC_VERSIONS, Output, Program, ProgramRuntime, Step, read_program
 
 OPERATORS: dict[str, Operator] = {**ELEMENTWISE, **ACTIVATIONS, **REDUCTIONS, **QUANTIZATION, **SHAPE, **NN}
 Seen = Callable[[Step, tuple[Any, ...]], None]  # told of every step and what it made
@@ -54,7 +54,7 @@ class Problem:
         return f"{self.type} {self.name!r} in {self.kind} {self.what}, reading values up to {self.largest:.4g}"
 
 
-class MilReference:
+class MilReference(ProgramRuntime):
     """Runs the package at `path` with `threads` threads (None: one) in the precision that its program has.
 
     `first_problem` is the first operator of the last run that overflowed or made a NaN, None where all was finite. An
@@ -102,26 +102,6 @@ class MilReference:
                 if step.type.startswith("constexpr_"):
                     made = self._compute(step, program.constants)
                     program.constants.update(zip((out.name for out in step.outputs), made, strict=True))
-
-    @property
-    def inputs(self) -> list[TensorSpec]:
-        """The model's inputs; an image input takes RGB from 0 to 255."""
-        return list(self._loaded().inputs)
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        """The program's tensors; a classifier's label comes as a text beside them."""
-        return described(self._loaded())
-
-    @property
-    def asked_precision(self) -> str:
-        """`precision`, and where it is fp16 also fp16+fp32: an export may keep operators in float32."""
-        return self._loaded().asked(self.precision)
-
-    @property
-    def effective_precision(self) -> str:
-        """The types of what the program's products make, read from the saved program."""
-        return self._loaded().precision
 
     def describe(self) -> dict[str, Any]:
         """Versions, threads, and the first problem of the last run."""
@@ -189,11 +169,6 @@ class MilReference:
     def close(self) -> None:
         """Drop the program and its weights."""
         self._program = None
-
-    def _loaded(self) -> Program:
-        if self._program is None:
-            raise RuntimeFailure(f"{self.path}: the Core ML program is not loaded")
-        return self._program
 
     def _run(self, inputs: Arrays, see: Seen = lambda step, made: None) -> dict[str, NDArray[Any]]:
         program, self.first_problem = self._loaded(), None

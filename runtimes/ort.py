@@ -22,16 +22,8 @@ from edgevit.specs import NoOptions, OperatorTime, TensorSpec
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 PROVIDER = "CPUExecutionProvider"
 PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64", "int8": "int8", "uint8": "int8"}
-PRODUCTS = (
-    "Attention",
-    "Conv",
-    "Gemm",
-    "MatMul",
-)  # part of the kinds that have them, also of FusedConv and MatMulInteger
-EVENT, REORDERED = (
-    "_kernel_time",
-    "_nchwc",
-)  # what ONNX Runtime puts behind the names of nodes, and of those in its layout
+PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul")  # part of the kinds that have them, also of FusedConv, MatMulInteger
+EVENT, REORDERED = "_kernel_time", "_nchwc"  # what ONNX Runtime puts behind names of nodes, and of those in its layout
 WARMUP_RUNS = 2  # before a profile: the first run allocates
 FATAL_ONLY = 4  # ONNX Runtime's log level: failures are raised, and its own lines would repeat them
 
@@ -121,17 +113,18 @@ class OrtRuntime:
             options.intra_op_num_threads = self.threads
         return options
 
-    def _start(self, options: ort.SessionOptions) -> ort.InferenceSession:
+    def _start(self, options: ort.SessionOptions, graph: bytes | None = None) -> ort.InferenceSession:
         try:
-            return ort.InferenceSession(str(self.path), options, providers=[PROVIDER])
+            return ort.InferenceSession(graph or str(self.path), options, providers=[PROVIDER])
         except Exception as error:  # its exceptions share no base below Exception
-            raise RuntimeFailure(f"{self.path}: ONNX Runtime cannot load it: {_first_line(error)}") from error
+            raise RuntimeFailure(f"{self.path}: ONNX Runtime cannot load it: {first_line(error)}") from error
 
-    def _infer(self, session: ort.InferenceSession, inputs: Arrays) -> Any:
+    def _infer(self, session: ort.InferenceSession, inputs: Arrays) -> list[NDArray[Any]]:
         try:
-            return session.run(None, {name: np.ascontiguousarray(array) for name, array in inputs.items()})
+            found: list[NDArray[Any]] = session.run(None, {k: np.ascontiguousarray(v) for k, v in inputs.items()})
         except Exception as error:  # its exceptions share no base below Exception
-            raise RuntimeFailure(f"{self.path}: ONNX Runtime failed: {_first_line(error)}") from error
+            raise RuntimeFailure(f"{self.path}: ONNX Runtime failed: {first_line(error)}") from error
+        return found
 
     def _loaded(self) -> ort.InferenceSession:
         if self._session is None:
@@ -152,7 +145,8 @@ def _weights_precision(path: Path) -> str:
     return "+".join(sorted({names[t.data_type] for t in model.graph.initializer if t.data_type in names})) or "fp32"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says first; the rest are places in its own sources."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

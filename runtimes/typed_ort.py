@@ -21,36 +21,26 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from edgevit.contracts import Arrays
 from edgevit.errors import RuntimeFailure
-from edgevit.specs import NoOptions, OperatorTime, TensorSpec
+from edgevit.specs import NoOptions, OperatorTime
+
+from .ort import OrtRuntime, first_line
 
 PRECISIONS = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 MAKERS = ("Constant", "ConstantOfShape", "EyeLike", "RandomNormal", "RandomUniform")  # they name their own type
-FATAL_ONLY = 4  # ONNX Runtime's log level: failures are raised, and its own lines would repeat them
 MAX_BYTES = 2**31 - 1  # of a serialised graph; protobuf's limit
 
 
-class TypedOrtRuntime:
+class TypedOrtRuntime(OrtRuntime):
     """Runs `path` with every float16 tensor rounded, `threads` threads inside an operator (None: all cores)."""
 
     name = "typed_ort"
-    OPTIONS = NoOptions
 
     def __init__(
         self, path: Path, threads: int | None = None, precision: str = "fp32", options: NoOptions | None = None
     ) -> None:
-        self.path = path
-        self.threads = threads
-        self.asked_precision = precision
-        self.options = options or NoOptions()
+        super().__init__(path, threads, precision, options)
         self._graph: onnx.ModelProto | None = None
-        self._session: ort.InferenceSession | None = None
-        self._precision = ""
-
-    @classmethod
-    def obstacle(cls) -> str | None:
-        """None: a dependency, on any processor."""
-        return None
 
     def load(self) -> None:
         """Read the graph, put the rounding into it, and create the session."""
@@ -62,20 +52,10 @@ class TypedOrtRuntime:
         except RuntimeFailure:
             raise
         except Exception as error:  # onnx raises protobuf's, its own and the file system's
-            raise RuntimeFailure(f"{self.path}: not a readable ONNX model: {_first_line(error)}") from error
+            raise RuntimeFailure(f"{self.path}: not a readable ONNX model: {first_line(error)}") from error
         self._precision = _products_precision(model)
         self._graph = rounded(model, str(self.path))
         self._session = self._create(self._graph)
-
-    @property
-    def inputs(self) -> list[TensorSpec]:
-        """The graph's inputs, float32."""
-        return [_spec(value) for value in self._loaded().get_inputs()]
-
-    @property
-    def outputs(self) -> list[TensorSpec]:
-        """The graph's outputs, float32."""
-        return [_spec(value) for value in self._loaded().get_outputs()]
 
     @property
     def effective_precision(self) -> str:
@@ -84,13 +64,7 @@ class TypedOrtRuntime:
 
     def describe(self) -> dict[str, Any]:
         """Version, provider and threads, and that float16 is emulated."""
-        providers = self._loaded().get_providers()
-        return {
-            "runtime": "onnxruntime, float16 emulated",
-            "version": ort.__version__,
-            "providers": providers,
-            "threads": self.threads,
-        }
+        return {**super().describe(), "runtime": "onnxruntime, float16 emulated"}
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by name.
@@ -98,9 +72,7 @@ class TypedOrtRuntime:
         Raises:
             RuntimeFailure: the runtime failed, or a tensor left float16, which is named.
         """
-        session = self._loaded()
-        names = [value.name for value in session.get_outputs()]
-        outputs = dict(zip(names, self._run(session, inputs), strict=True))
+        outputs = super().run(inputs)
         if all(np.isfinite(array).all() for array in outputs.values()):
             return outputs
         raise RuntimeFailure(f"{self.path}: {self._first_problem(inputs)}")
@@ -111,43 +83,25 @@ class TypedOrtRuntime:
 
     def close(self) -> None:
         """Drop the session."""
-        self._session = self._graph = None
+        super().close()
+        self._graph = None
 
     def _create(self, graph: onnx.ModelProto) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.log_severity_level = FATAL_ONLY
-        options.inter_op_num_threads = 1
+        options = self._options()
         if any(node.name.endswith("//up") for node in graph.graph.node):  # optimisers may move or remove pairs of Casts
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if self.threads is not None:
-            options.intra_op_num_threads = self.threads
-        try:
-            return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its exceptions share no base below Exception
-            raise RuntimeFailure(f"{self.path}: ONNX Runtime cannot load it: {_first_line(error)}") from error
-
-    def _run(self, session: ort.InferenceSession, inputs: Arrays) -> list[NDArray[Any]]:
-        try:
-            found: list[NDArray[Any]] = session.run(None, {k: np.ascontiguousarray(v) for k, v in inputs.items()})
-        except Exception as error:  # its exceptions share no base below Exception
-            raise RuntimeFailure(f"{self.path}: ONNX Runtime failed: {_first_line(error)}") from error
-        return found
+        return self._start(options, graph.SerializeToString())
 
     def _first_problem(self, inputs: Arrays) -> str:
         """The first tensor, in the graph's order, that is not finite: one more run that looks at all of them."""
         if self._graph is None or not all(np.isfinite(array).all() for array in inputs.values()):
             return "the input is not finite, expected numbers; check the pictures"
         probe, tensors = _probe(self._graph)
-        sums = self._run(self._create(probe), inputs) if tensors else []
+        sums = self._infer(self._create(probe), inputs) if tensors else []
         for (tensor, node), total in zip(tensors, sums, strict=True):
             if not np.isfinite(total):
                 return f"tensor {tensor} of {node} is beyond float16 on this input; export it with precision fp32"
         return "an output is not finite, and no float16 tensor is the cause; check the weights"
-
-    def _loaded(self) -> ort.InferenceSession:
-        if self._session is None:
-            raise RuntimeFailure(f"{self.path}: the session is not loaded")
-        return self._session
 
 
 def rounded(model: onnx.ModelProto, where: str = "model") -> onnx.ModelProto:
@@ -215,13 +169,3 @@ def _products_precision(model: onnx.ModelProto) -> str:
     kinds = Counter(types.get(node.input[0], 0) for node in graph.node if node.op_type in PRODUCTS)
     most = max(kinds, key=lambda kind: kinds[kind], default=TensorProto.FLOAT)
     return PRECISIONS.get(most, str(TensorProto.DataType.Name(most)).lower())
-
-
-def _spec(value: Any) -> TensorSpec:
-    shape = tuple(d if isinstance(d, int) else str(d) for d in value.shape)
-    return TensorSpec(value.name, shape, {"tensor(float)": "float32"}.get(value.type, value.type))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -18,7 +18,7 @@ import torch
 from edgevit import api
 from edgevit.artifact import Artifact
 from edgevit.bench.complexity import count_module
-from edgevit.export import passes, to_onnx
+from edgevit.export import files, passes, to_onnx
 from edgevit.export.capture import capture
 from edgevit.export.deploy import DeploySpec, deploy
 from edgevit.models import load_model
@@ -232,7 +232,7 @@ def _exported(model: torch.nn.Module, batch: Any, size: tuple[int, int], outputs
     """What `OnnxExporter` does with a network, here with one that is not registered."""
     form, _ = deploy(model, DeploySpec(batch, *size, cache_bytes=100_000))
     graph = to_onnx.to_graph(capture(form, batch, size), outputs)
-    to_onnx.save(passes.run(graph, (*passes.CLEANUP, *passes.CPU_KERNELS, *passes.FINISH)), path)
+    files.save(passes.run(graph, (*passes.CLEANUP, *passes.CPU_KERNELS, *passes.FINISH)), path)
 
 
 SMALL = [
@@ -286,8 +286,8 @@ def test_features_and_grouped_form(tmp_path: Path) -> None:
 
 def test_weights_beyond_the_limit_go_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = to_onnx.ir.load(_tiny_model(tmp_path))
-    monkeypatch.setattr(to_onnx, "EXTERNAL_BYTES", 100)
-    to_onnx.save(graph, tmp_path / "model.onnx")
+    monkeypatch.setattr(files, "EXTERNAL_BYTES", 100)
+    files.save(graph, tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx.data").stat().st_size >= 4096
     with Session(OrtRuntime(tmp_path / "model.onnx")) as session:
         out = session.run({"image": np.ones((1, 32), np.float32)})["logits"]
