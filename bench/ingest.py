@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgevit.engine_layers import BITS, EngineLayer
 from edgevit.errors import InputError, RuntimeFailure
 from edgevit.specs import LatencyResult, OperatorTime
 
 from . import cautions
 from .stats import format_ms, format_percentile, latency_percentiles, median, supported
-from .trtexec_json import BITS, Layer, Layers, Profile, Times, read_json
+from .trtexec_json import Layers, Profile, Times, read_json
 from .trtexec_log import Log, is_log, percentiles_of, read_log
 
 MAX_BYTES = 64 << 20  # of a file: a day of queries of 4 ms is 5 GB, but ten seconds of them are one MB
@@ -232,7 +233,7 @@ def _throughput(run: Run, batch: int) -> dict[str, float | None]:
     }
 
 
-def _timed(run: Run) -> list[tuple[Layer, float]]:
+def _timed(run: Run) -> list[tuple[EngineLayer, float]]:
     """Each layer with its time per query in ms, the sum where the profile names it twice; empty without a profile."""
     layers = run.layers.layers if run.layers is not None else ()
     times: dict[str, float] = {}
@@ -242,7 +243,7 @@ def _timed(run: Run) -> list[tuple[Layer, float]]:
     return timed if any(time_ms for _, time_ms in timed) else []
 
 
-def _counted(run: Run) -> list[tuple[Layer, float]]:
+def _counted(run: Run) -> list[tuple[EngineLayer, float]]:
     """Each layer with weight 1."""
     return [(layer, 1.0) for layer in (run.layers.layers if run.layers is not None else ())]
 
@@ -252,7 +253,7 @@ def _operators(run: Run) -> dict[str, Any]:
     by_name = {layer.name: layer for layer in (run.layers.layers if run.layers is not None else ())}
     operators = []
     for name, time_ms in run.profile or ():
-        layer = by_name.get(name, Layer(name, "", None, product=False, attention=False, origins=()))
+        layer = by_name.get(name, EngineLayer(name))
         operators.append(OperatorTime(name, layer.kind, layer.precision or "unknown", time_ms, layer.origins))
     timed, counted = _timed(run), _counted(run)
     return {
@@ -266,7 +267,7 @@ def _operators(run: Run) -> dict[str, Any]:
     }
 
 
-def _shares(weighted: Sequence[tuple[Layer, float]]) -> dict[str, float]:
+def _shares(weighted: Sequence[tuple[EngineLayer, float]]) -> dict[str, float]:
     """The share of each precision, the largest first."""
     sums: dict[str, float] = {}
     for layer, weight in weighted:
@@ -279,15 +280,15 @@ def _shares(weighted: Sequence[tuple[Layer, float]]) -> dict[str, float]:
 def precision_of(run: Run, islands: Collection[str] = ()) -> str | None:
     """The precision that the products of a run were computed in, or "fp16+fp32" where none has nearly all of the time.
 
-    `islands` are graph nodes that were kept in float32 on purpose. None where the layers do not tell.
+    `islands` are graph nodes that were kept in float32 on purpose. None where the layers do not tell, opaque ones too.
     """
     products = [
         (layer, weight)
         for layer, weight in _timed(run) or _counted(run)
-        if layer.product and layer.precision and not (layer.origins and set(layer.origins) <= set(islands))
+        if layer.product and not (layer.origins and set(layer.origins) <= set(islands))
     ]
     major = [precision for precision, share in _shares(products).items() if share >= MINOR]
-    return "+".join(sorted(major, key=BITS.__getitem__)) or None
+    return None if "unknown" in major else "+".join(sorted(major, key=BITS.__getitem__)) or None
 
 
 def _warnings(run: Run, name: str, conditions: dict[str, bool | None]) -> list[str]:

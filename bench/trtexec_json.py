@@ -1,41 +1,23 @@
 """The JSON files that trtexec exports: times, profile, layer information; and what build.sh records beside them.
 
-Each is told by what it holds, not by its name. TensorRT 8 to 10 writes a tensor's format and type in one text,
-`Format/Datatype`; 11 splits it, and `Bindings` becomes `I/O Tensors`. Keys are read in any case. Everything is checked
-here: these files come from strangers' devices.
+Each is told by what it holds, not by its name. Keys are read in any case. Everything is checked here: these files come
+from strangers' devices.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from edgevit.engine_layers import EngineLayer, read_layer
 from edgevit.errors import InputError
 
 from .trtexec_log import clean, number, short
 
 TIMES = ("latencyms", "computems", "h2dms", "d2hms")
 MAX_COUNT = 1e12  # of queries and repetitions
-PRECISIONS = (  # the first that matches a type's text; None: it holds no floating-point numbers
-    (re.compile(r"bf16|bfloat16|bfloat"), "bf16"),
-    (re.compile(r"fp16|half|float16"), "fp16"),
-    (re.compile(r"\bfp8|float8|e4m3|e5m2"), "fp8"),
-    (re.compile(r"\bfp4|float4|e2m1"), "fp4"),
-    (re.compile(r"int64|int32|uint8|bool"), None),
-    (re.compile(r"int8"), "int8"),
-    (re.compile(r"int4"), "int4"),
-    (re.compile(r"fp32|float"), "fp32"),
-)
-BITS = {"int4": 4, "fp4": 4, "int8": 8, "fp8": 8, "fp16": 16, "bf16": 16, "tf32": 19, "fp32": 32}
-ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]{1,500})\]")
-ATTENTION = re.compile(r"fmha|_mha_|mha_v[0-9]|kgen_mha|fused_mha", re.IGNORECASE)
-PRODUCT = re.compile(r"conv(?!ert)|gemm|matmul|matrix_?multiply|fully_?connected|einsum", re.IGNORECASE)  # kinds
-GENERATED = ("kgen", "")  # kernels made for a group of layers: only their names tell whether a product is among them
-NAMED_PRODUCT = re.compile(r"gemm|matmul|mha", re.IGNORECASE)
-OPAQUE = ("myelin",)  # a whole subgraph: its inputs and outputs tell nothing of what runs inside
 
 
 @dataclass(frozen=True)
@@ -49,22 +31,10 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer of an engine; `precision` is None where the file does not tell."""
-
-    name: str
-    kind: str
-    precision: str | None
-    product: bool
-    attention: bool
-    origins: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Layers:
     """The layers of an engine; `detailed` is false where only their names were kept at the build."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[EngineLayer, ...]
     detailed: bool
 
 
@@ -143,66 +113,24 @@ def _text(place: str, what: str, value: object) -> str:
     return clean(value)
 
 
-def _word(row: Mapping[str, Any], key: str) -> str:
-    """A text that may be absent; anything else counts as absent."""
-    value = row.get(key)
-    return value if isinstance(value, str) else ""
-
-
 def _layers(place: str, rows: Any) -> Layers:
     if not isinstance(rows, list) or not all(isinstance(row, str | dict) for row in rows):
         raise InputError(f"{place}: Layers is {short(rows)}, expected a list of layers; export it again")
-    layers = tuple(
-        Layer(clean(row), "", None, product=False, attention=False, origins=())
-        if isinstance(row, str)
-        else _layer(place, _lower(row))
-        for row in rows
-    )
+    layers = tuple(EngineLayer(clean(row)) if isinstance(row, str) else _layer(place, row) for row in rows)
     return Layers(layers, detailed=any(isinstance(row, dict) for row in rows))
 
 
-def _layer(place: str, row: dict[str, Any]) -> Layer:
-    name, kind = _text(place, "a layer's Name", row.get("name")), clean(_word(row, "layertype"))
-    tactic = _word(row, "tacticname")
-    by_name = kind.lower() in GENERATED and NAMED_PRODUCT.search(name) is not None
-    opaque = kind.lower() in OPAQUE or name.startswith("{ForeignNode")
-    attention = bool(ATTENTION.search(tactic)) or (kind.lower() in ("kgen", "myelin", "gemm") and "mha" in name.lower())
-    return Layer(
-        name=name,
-        kind=kind,
-        precision=None if opaque else _precision(place, row, tactic),
-        product=opaque or attention or by_name or bool(PRODUCT.search(f"{kind} {_word(row, 'parametertype')}")),
-        attention=attention,
-        origins=tuple(clean(origin) for origin in ORIGIN.findall(_word(row, "metadata"))),
-    )
-
-
-def _precision(place: str, row: dict[str, Any], tactic: str) -> str | None:
-    """What a layer computes in: the narrowest of what it reads, else of what it writes; "tf32" as its kernel says."""
-    for key in ("inputs", "outputs"):
-        found = [precision for tensor in _tensors(place, row.get(key)) if (precision := type_of(tensor))]
-        if found:
-            narrowest = min(found, key=lambda precision: BITS[precision])
-            return "tf32" if narrowest == "fp32" and "tf32" in tactic.lower() else narrowest
-    return None
-
-
-def _tensors(place: str, value: Any) -> Iterable[dict[str, Any]]:
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(tensor, dict) for tensor in value):
-        raise InputError(f"{place}: a layer's tensors are {short(value)}, expected a list of objects; export it again")
-    return [_lower(tensor) for tensor in value]
-
-
-def type_of(tensor: Mapping[str, Any]) -> str | None:
-    """The precision of one tensor (keys in lower case), from the type's own field or the text beside the format."""
-    for key in ("datatype", "data type", "type", "format/datatype", "format"):
-        text = _word(tensor, key).lower()
-        for pattern, precision in PRECISIONS if text else ():
-            if pattern.search(text):
-                return precision
-    return None
+def _layer(place: str, row: dict[str, Any]) -> EngineLayer:
+    keys = _lower(row)
+    name = _text(place, "a layer's Name", keys.get("name"))
+    for tensors in (keys.get("inputs"), keys.get("outputs")):
+        good = isinstance(tensors, list) and all(isinstance(tensor, dict) for tensor in tensors)
+        if tensors is not None and not good:
+            raise InputError(
+                f"{place}: a layer's tensors are {short(tensors)}, expected a list of objects; export it again"
+            )
+    layer = read_layer(row)
+    return replace(layer, name=name, kind=clean(layer.kind), origins=tuple(map(clean, layer.origins)))
 
 
 def _record(place: str, document: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,10 @@ class Runtime(Protocol):
         """Outputs by name."""
 
     def profile(self, inputs: Arrays, runs: int) -> tuple[OperatorTime, ...]:
-        """What each executed operator took, averaged over `runs`; RuntimeFailure where this runtime cannot tell."""
+        """What each executed operator took, the median of `runs`; with 0 nothing is timed, the times are 0.
+
+        RuntimeFailure where this runtime cannot tell.
+        """
 
     def close(self) -> None:
         """Release the model; may be called twice."""
@@ -98,7 +101,7 @@ class Exporter(Protocol):
     `export` writes only below `directory` and raises ExportError; it does not change `model`.
 
     Several image sizes come in one call, because how files share weights is the target's affair: graphs beside a common
-    weight file (ONNX), one package that holds every shape (CoreML), or nothing in common (a TensorRT engine). Each size
+    weight file (ONNX), or nothing in common (a TensorRT engine, a Core ML package). Each size
     is a whole of its own in what is returned, and may name files that another one names too.
     """
 

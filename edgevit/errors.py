@@ -76,3 +76,19 @@ class ParityError(EdgevitError):
     """The exported model does not compute what the reference computes."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type where it says nothing; most libraries put their own sources below."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says last, or its type where it says nothing; some libraries put their own sources above."""
+    return _lines(error)[-1]
+
+
+def _lines(error: BaseException) -> list[str]:
+    """The lines of an error's message that hold anything; at least one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines or [type(error).__name__]

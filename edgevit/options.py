@@ -87,6 +87,8 @@ def _parse_tuple(arguments: tuple[Any, ...], key: str, value: Any) -> tuple[Any,
     """A tuple of fixed length, or of any length where its type ends in an ellipsis."""
     parts: Iterable[Any] = [p.strip() for p in value.split(",") if p.strip()] if isinstance(value, str) else value
     if isinstance(parts, list | tuple) and arguments[-1] is Ellipsis:
+        if isinstance(value, str) and not parts:
+            raise UsageError(f"option {key}={value}: expected at least one value, e.g. {key}=A,B; or leave it out")
         return tuple(_parse(arguments[0], key, part) for part in parts)
     if isinstance(parts, list | tuple) and len(parts) == len(arguments):
         return tuple(_parse(kind, key, part) for kind, part in zip(arguments, parts, strict=True))

@@ -293,12 +293,12 @@ class BenchReport:
 class Complexity:
     """What one pass through a deployed graph costs, counted and not measured.
 
-    `macs` counts Conv, Gemm and MatMul (split in `macs_by_op`); `flops` is 2 x `macs`. `parameters` counts elements of
-    stored floating-point tensors, each stored tensor once, and of integer tensors that stand for them (the input of a
-    DequantizeLinear; its scale does not count). `weight_bytes` is the size of every stored tensor of any type,
-    `activation_bytes` of every tensor computed from the image, as if none were fused or reused. `not_counted` maps an
-    op kind without a matrix product to the elements it puts out; `unknown` maps an op kind that may hide a product to
-    its number of nodes: while it is not empty, `macs` is a lower bound.
+    `macs` counts Attention, Conv, Gemm and MatMul (split in `macs_by_op`); `flops` is 2 x `macs`. `parameters` counts
+    elements of stored floating-point tensors, each stored tensor once, and of integer tensors that stand for them (the
+    input of a DequantizeLinear; its scale does not count). `weight_bytes` is the size of every stored tensor of any
+    type, `activation_bytes` of every tensor computed from the image, as if none were fused or reused. `not_counted`
+    maps an op kind without a matrix product to the elements it puts out; `unknown` maps an op kind that may hide a
+    product to its number of nodes: while it is not empty, `macs` is a lower bound.
     """
 
     macs: int

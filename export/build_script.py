@@ -6,7 +6,6 @@ from `build.sh.in`, so that a new version is one row, and nothing is decided on 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shlex
@@ -18,7 +17,10 @@ from typing import Any
 
 import onnx
 
-from edgevit.errors import ExportError, UsageError
+from edgevit.artifact import sha256_of
+from edgevit.errors import ExportError, UsageError, first_line
+
+from .files import weight_files
 
 TABLE = Path(__file__).with_name("trtexec_flags.json")
 TEMPLATE = Path(__file__).with_name("build.sh.in")
@@ -134,7 +136,8 @@ def write_build_script(
         "ONNX_NAME": onnx_file,
         "OUT": out,
         "ONNX": shlex.quote(onnx_file),
-        "SHA256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "SHA256": sha256_of(path),
+        "WEIGHTS": "".join(map(_weight_check, weight_files(path))),
         "PRECISION": shlex.quote(precision),
         "INPUT": shlex.quote(input_name),
         "SHAPE": "x".join(map(str, input_shape[1:])),
@@ -174,13 +177,17 @@ def pinned(graph: onnx.GraphProto) -> tuple[str, ...]:
     return names
 
 
+def _weight_check(file: Path) -> str:
+    return f'\n    check_file "$here"/{shlex.quote(file.name)} {sha256_of(file)}'
+
+
 def _graph(path: Path) -> onnx.GraphProto:
     """The graph with the types of all its tensors; weights in other files are not read."""
     try:
         model = onnx.load(path, load_external_data=False)
         return onnx.shape_inference.infer_shapes(model).graph
     except Exception as error:  # protobuf and onnx raise types of their own
-        raise ExportError(f"{path}: not an ONNX graph ({str(error).splitlines()[0]})") from None
+        raise ExportError(f"{path}: not an ONNX graph ({first_line(error)})") from None
 
 
 def _version(text: str) -> tuple[int, int]:

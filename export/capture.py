@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from edgevit.errors import ExportError
+from edgevit.errors import ExportError, first_line
 from edgevit.specs import MAX_BATCH, Batch
 
 TRACED_BATCH = 2  # pictures traced for a dynamic batch: one would be specialised to a constant
@@ -33,8 +33,8 @@ def capture(module: nn.Module, batch: Batch, size: tuple[int, int]) -> ExportedP
         with quiet():
             return torch.export.export(module, (example_image(batch, size),), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:  # torch.export raises a wide tree of its own; each is a failed capture
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise ExportError(f"capture of {type(module).__name__} at {size[0]}x{size[1]}: {first}") from error
+        where = f"capture of {type(module).__name__} at {size[0]}x{size[1]}"
+        raise ExportError(f"{where}: {first_line(error)}") from error
 
 
 @contextmanager

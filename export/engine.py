@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import edgevit
+from edgevit.engine_layers import EngineLayer, read_lines
 from edgevit.errors import ExportError, MissingDependencyError, UnknownNameError, UsageError
 from edgevit.specs import Finding
 
@@ -49,13 +51,8 @@ class Engine:
         return asdict(self) | {"gpus": list(self.gpus)}
 
 
-def has_parser() -> bool:
-    """Whether TensorRT's ONNX parser can be asked on this machine, which needs no GPU."""
-    return util.find_spec(AHEAD) is not None
-
-
 def parser_version() -> str:
-    """The version of the parser that `ask_parser` asks; has_parser() must hold."""
+    """The version of the parser that `ask_parser` asks; tensorrt-rtx must be installed."""
     return metadata.version(AHEAD)
 
 
@@ -152,9 +149,15 @@ def build_engine(model: Path, engine: Path, gpus: Sequence[str], max_batch: int 
     reply = _ask(request, BUILD_SECONDS, model.resolve().parent)
     if reply["errors"]:
         raise ExportError(f"TensorRT cannot build {model.name}: {_text(reply['errors'])}")
-    return Engine(
-        library, reply["version"], tuple(gpus), reply["size_bytes"], reply["seconds"], max_batch, reply["layers"]
-    )
+    layers = None if reply["layers"] is None else summary(read_lines(reply["layers"]))
+    return Engine(library, reply["version"], tuple(gpus), reply["size_bytes"], reply["seconds"], max_batch, layers)
+
+
+def summary(layers: Sequence[EngineLayer]) -> dict[str, Any]:
+    """How many layers an engine has, in which precision its products run, and how many attentions became one kernel."""
+    products = Counter(layer.precision or "unknown" for layer in layers if layer.product)
+    attentions = sum(layer.attention for layer in layers)
+    return {"count": len(layers), "products": dict(sorted(products.items())), "fused_attentions": attentions}
 
 
 def gpu_problem() -> str | None:

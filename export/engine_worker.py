@@ -9,16 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"}
-PRODUCT = re.compile(r"gemm|conv|correlation|mha|fc|matmul|matrixmultiply", re.IGNORECASE)
-ATTENTION = re.compile(r"mha|fmha", re.IGNORECASE)  # how TensorRT names a kernel that is a whole attention
 FIRST_STRONGLY_TYPED = 10  # major version of TensorRT; RTX counts its own from 1 and knows nothing else
 MESSAGE_BYTES = 2000  # of one message; a builder's may hold a whole graph
 
@@ -97,7 +92,7 @@ def build(trt: Any, listener: Any, request: dict[str, Any]) -> dict[str, Any]:
         "version": trt.__version__,
         "size_bytes": target.stat().st_size,
         "seconds": time.perf_counter() - started,
-        "layers": summary(listener.layers[0]) if listener.layers else None,
+        "layers": listener.layers[0] if listener.layers else None,
     }
 
 
@@ -109,19 +104,6 @@ def add_profile(builder: Any, network: Any, config: Any, largest: int) -> None:
         rest = tuple(tensor.shape)[1:]
         profile.set_shape(tensor.name, (1, *rest), (1, *rest), (largest, *rest))
     config.add_optimization_profile(profile)
-
-
-def summary(text: str) -> dict[str, Any]:
-    """How many layers an engine has, in which precision its products run, and how many attentions became one kernel."""
-    rows = [line for line in text.splitlines() if line.startswith("Name: ")]
-    products: Counter[str] = Counter()
-    for row in rows:
-        head, _, operands = row.partition("Inputs:")
-        if PRODUCT.search(head):
-            kinds = re.findall(r"Datatype: (\w+)", operands.partition("Constants:")[0])
-            products[PRECISIONS.get(kinds[0], kinds[0].lower()) if kinds else "unknown"] += 1
-    fused = sum(bool(ATTENTION.search(row.partition("Inputs:")[0])) for row in rows)
-    return {"count": len(rows), "products": dict(sorted(products.items())), "fused_attentions": fused}
 
 
 def refusal(text: str) -> list[dict[str, str]]:

@@ -42,7 +42,16 @@ def save_graphs(graphs: Iterable[tuple[ir.Model, Built]], directory: Path, *, al
     return tuple(built for _, built in made)
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files beside a saved graph that hold weights of it."""
+    return [file for file in (path.parent / WEIGHTS_FILE, _beside(path)) if file.exists()]
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
+
+
 def save(graph: ir.Model, path: Path) -> None:
     """Write the model, weights inside the file unless they would exceed protobuf's limit."""
     weights = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
-    ir.save(graph, path, external_data=f"{path.name}.data" if weights > EXTERNAL_BYTES else None)
+    ir.save(graph, path, external_data=_beside(path).name if weights > EXTERNAL_BYTES else None)

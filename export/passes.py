@@ -16,7 +16,7 @@ from onnx_ir import passes
 from onnx_ir.passes import common
 from onnx_ir.tape import Tape
 
-from edgevit.errors import ExportError
+from edgevit.errors import ExportError, first_line
 
 SHORT_AXIS = 16  # entries: below it a softmax kernel spends its time on row overhead, not on exponentials
 LARGE_SOFTMAX = 4096  # elements from which five small operators beat the slow softmax (35 against 172 us at 37,632)
@@ -318,9 +318,8 @@ def run(model: ir.Model, sequence: Sequence[ir.passes.PassBase]) -> ir.Model:
         result: ir.Model = ir.passes.Sequential(*sequence)(model).model
     except ir.passes.PassError as error:
         cause = error.__cause__ or error
-        reason = (str(cause).strip().splitlines() or [""])[0]
         raise ExportError(
-            f"graph passes: {type(cause).__name__}: {reason}; please report the model and its options"
+            f"graph passes: {type(cause).__name__}: {first_line(cause)}; please report the model and its options"
         ) from error
     if [value.name for value in result.graph.outputs] != outputs:
         raise ExportError(

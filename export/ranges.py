@@ -18,7 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 
-from edgevit.errors import ExportError
+from edgevit.errors import ExportError, first_line
 from edgevit.inputs import load_images, photographs
 from edgevit.specs import Batch, ImageSpec
 
@@ -107,7 +107,7 @@ def measure(model: ir.Model, images: NDArray[np.float32], batch: Batch) -> Range
             try:
                 found = session.run(None, {"image": chunk})
             except Exception as error:  # its exceptions share no base below Exception
-                raise ExportError(f"range analysis: ONNX Runtime failed: {_first_line(error)}") from error
+                raise ExportError(f"range analysis: ONNX Runtime failed: {first_line(error)}") from error
             for name, value in zip(names, found, strict=True):
                 largest[name] = float(np.maximum(largest.get(name, 0.0), value))  # NaN stays NaN
     ranges = Ranges(
@@ -131,7 +131,7 @@ def _session(path: Path) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base below Exception
-        raise ExportError(f"range analysis: ONNX Runtime cannot load the graph: {_first_line(error)}") from error
+        raise ExportError(f"range analysis: ONNX Runtime cannot load the graph: {first_line(error)}") from error
 
 
 def _probe(model: ir.Model) -> tuple[ir.Model, dict[str, str], dict[str, str]]:
@@ -192,8 +192,3 @@ def _maximum(tape: Tape, magnitude: ir.Value, name: str) -> ir.Value:
     result = tape.op("Where", [tape.op("IsNaN", [total]), total, largest])
     result.name, result.shape, result.type = name, ir.Shape([]), ir.TensorType(ir.DataType.FLOAT)
     return result
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

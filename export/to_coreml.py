@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 
 from edgevit import __version__
 from edgevit.contracts import Built
-from edgevit.errors import ExportError, UnknownNameError, UsageError
+from edgevit.errors import ExportError, UsageError, first_line
 from edgevit.inputs import read_labels
 from edgevit.specs import MAX_BATCH, Ability, Certificate, ExportSpec, ModelCard, TensorSpec
 
@@ -34,6 +34,7 @@ from . import passes
 from .capture import capture, quiet, single_thread
 from .deploy import DeploySpec, deploy
 from .files import file_names
+from .mil_kept import beyond_note, check_types, kept_fp32
 from .mil_pixels import scaled_input
 from .to_onnx import output_names, to_graph
 
@@ -42,7 +43,6 @@ logging.getLogger("coremltools").addHandler(logging.NullHandler())  # its import
 import coremltools as ct  # noqa: E402  # after the line above, or the remarks are printed
 from coremltools.converters.mil.frontend.torch import ops as torch_ops  # noqa: E402  # as above
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY  # noqa: E402  # as above
-from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry  # noqa: E402  # as above
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass  # noqa: E402  # as above
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass  # noqa: E402  # as above
 from coremltools.proto import Model_pb2  # noqa: E402  # as above
@@ -93,9 +93,10 @@ class CoremlExporter:
         """Write `model.mlpackage`; for several sizes `model-HxW.mlpackage` each, with weights of their own."""
         _check(specs[0])
         with single_thread():
-            outputs = output_names(model, specs[0])
+            outputs, labels = output_names(model, specs[0]), _labels(model, card, specs[0])
         paths = [directory / name for name in file_names(card, specs, ".mlpackage")]
-        return tuple(_build(model, card, spec, outputs, path) for spec, path in zip(specs, paths, strict=True))
+        made = _Outputs(outputs, labels)
+        return tuple(_build(model, card, spec, made, path) for spec, path in zip(specs, paths, strict=True))
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
         """coremltools' conversion of the reference form, nothing else: what a user gets without edgevit."""
@@ -122,9 +123,7 @@ class CoremlExporter:
 def _check(spec: ExportSpec) -> None:
     """Refuse what cannot go together, before any work."""
     settings = spec.settings
-    unknown = [name for name in settings.keep_fp32 if name not in SSAOpRegistry.core_ops]
-    if unknown:
-        raise UnknownNameError("operator type of a Core ML program in keep_fp32", unknown[0], SSAOpRegistry.core_ops)
+    check_types(settings.keep_fp32)
     if settings.keep_fp32 and spec.precision != "fp16":
         raise UsageError(
             f"option keep_fp32 with precision {spec.precision}: it excepts operators from fp16; add --precision fp16"
@@ -139,7 +138,28 @@ def _check(spec: ExportSpec) -> None:
         raise UsageError(f"option labels with batch {spec.batch}: Core ML names one class at a time; use batch 1")
 
 
-def _build(model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], path: Path) -> Built:
+@dataclass(frozen=True)
+class _Outputs:
+    """Their names, and the names of a classifier's classes."""
+
+    names: list[str]
+    labels: list[str] | None
+
+
+def _labels(model: nn.Module, card: ModelCard, spec: ExportSpec) -> list[str] | None:
+    """The class names asked for, as many as the network has classes.
+
+    Raises:
+        InputError: no label file of this network.
+    """
+    if spec.settings.labels is None:
+        return None
+    with torch.no_grad():
+        logits = model(torch.zeros(1, 3, *(spec.image_size or card.image.size)))
+    return read_labels(spec.settings.labels, int(logits.shape[1]))
+
+
+def _build(model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: _Outputs, path: Path) -> Built:
     """Write the package for one size."""
     settings, size = spec.settings, spec.image_size or card.image.size
     pointwise: Literal["dense", "grouped"] = "grouped" if spec.pointwise == "grouped" else "dense"
@@ -147,22 +167,22 @@ def _build(model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[st
     with single_thread():
         form, certificates = deploy(model, DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=None))
         program = capture(form, spec.batch, size)
-        graph = passes.run(to_graph(program, outputs), (*passes.CLEANUP, *passes.FINISH))
+        graph = passes.run(to_graph(program, outputs.names), (*passes.CLEANUP, *passes.FINISH))
         if settings.input == "image":
             form, choices["std"] = scaled_input(form, card.image.std, torch.zeros(1, 3, *size))
-        labels = None
-        if settings.labels is not None:
-            labels = read_labels(settings.labels, int(form(torch.zeros(1, 3, *size)).shape[1]))
+        if outputs.labels:
             form = _WithProbabilities(form).eval()
-        if labels or settings.input == "image":
+        if outputs.labels or settings.input == "image":
             program = capture(form, spec.batch, size)
-    converted = _convert(program, outputs, spec, card, labels)
-    _describe(converted, card, spec)
-    _save(converted, path)
+    converted = _convert(program, outputs.names, spec, card, outputs.labels)
+    notes: tuple[str, ...] = (ANY_BATCH,) if spec.batch == "dynamic" else ()
     if spec.precision == "fp16":
         choices["keep_fp32"] = list(settings.keep_fp32)
-    built = _built(path.name, converted, ir.to_proto(graph), certificates, choices)
-    return replace(built, notes=(ANY_BATCH,)) if spec.batch == "dynamic" else built
+        choices["kept_fp32"] = kept = kept_fp32(converted._mil_program, settings.keep_fp32)
+        notes += beyond_note(kept)
+    _describe(converted, card, spec)
+    _save(converted, path)
+    return replace(_built(path.name, converted, ir.to_proto(graph), certificates, choices), notes=notes)
 
 
 class _WithProbabilities(nn.Module):
@@ -216,9 +236,10 @@ def _convert(
                 skip_model_load=True,
             )
         except Exception as error:  # coremltools raises whatever its passes meet
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             place = f"{remarks[-1]}: " if remarks else ""
-            raise ExportError(f"conversion to Core ML: {place}{reason[:200]}; please report the model") from error
+            raise ExportError(
+                f"conversion to Core ML: {place}{first_line(error)[:200]}; please report the model"
+            ) from error
     return converted
 
 

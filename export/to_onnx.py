@@ -20,7 +20,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from edgevit.contracts import Built
-from edgevit.errors import ExportError
+from edgevit.errors import ExportError, first_line
 from edgevit.specs import MAX_BATCH, Ability, ExportSpec, ModelCard, NoOptions, TensorSpec
 
 from . import passes
@@ -31,6 +31,7 @@ from .files import file_names, save_graphs
 OPSET = 20  # LayerNormalization (17) and Gelu (20) stay one operator each; every current runtime reads it
 # Of hidden activations in a branch: 508M was fastest of 400, 640, 1000 and 1300 KiB, 294M much the same at 450 and 700.
 CACHE_BYTES = 640 << 10
+UNMEASURED = "no grouped convolutions measured for this model"
 
 
 class OnnxExporter:
@@ -97,7 +98,7 @@ def choose_pointwise(model: str, wish: str) -> tuple[Literal["dense", "grouped"]
     text = resources.files(__package__ or "").joinpath("measurements.json").read_text(encoding="utf-8")
     record: dict[str, Any] | None = json.loads(text)["grouped_over_dense"].get(model)
     if record is None:
-        return "dense", "no grouped convolutions measured for this model"
+        return "dense", UNMEASURED
     faster: Literal["dense", "grouped"] = "grouped" if record["ratio"] > 1 else "dense"
     interval = f"[{record['low']:.2f}, {record['high']:.2f}]"
     return faster, f"measured {record['date']}: grouped over dense {record['ratio']:.2f}x {interval}"
@@ -121,10 +122,18 @@ def to_graph(program: ExportedProgram, outputs: list[str]) -> ir.Model:
     try:
         with quiet(), _silent_streams():
             converted = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, input_names=["image"], output_names=outputs, verbose=False
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=outputs,
+                dynamic_shapes=(
+                    {0: "batch"},
+                ),  # its name where it is dynamic, "s40" otherwise; a fixed one stays fixed
+                verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"conversion to ONNX: {str(error).strip().splitlines()[0]}") from error
+        raise ExportError(f"conversion to ONNX: {first_line(error)}") from error
     if converted is None:
         raise ExportError("conversion to ONNX: PyTorch's exporter returned nothing; please report the model")
     graph: ir.Model = converted.model

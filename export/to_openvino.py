@@ -15,14 +15,14 @@ import openvino as ov
 from torch import nn
 
 from edgevit.contracts import Built
-from edgevit.errors import ExportError
-from edgevit.specs import Ability, ExportSpec, ModelCard, NoOptions, TensorSpec
+from edgevit.errors import ExportError, last_line
+from edgevit.specs import Ability, ExportSpec, ModelCard, NoOptions
 
 from . import passes
 from .capture import capture, single_thread
 from .deploy import DeploySpec, deploy
 from .files import file_names
-from .to_onnx import CACHE_BYTES, OnnxExporter, output_names, to_graph
+from .to_onnx import CACHE_BYTES, UNMEASURED, OnnxExporter, output_names, signature, to_graph
 
 SCOPES = "pkg.torch.onnx.name_scopes"  # where PyTorch's exporter notes the modules that a node came from
 DERIVED = "/WithoutBiases"  # what OpenVINO adds to a node's name for its product; the bias is added by another one
@@ -30,7 +30,8 @@ SET_PRECISION = (
     "OpenVINO computes in bf16 where the processor has it unless told otherwise: an application that loads the model "
     "by itself sets INFERENCE_PRECISION_HINT to {hint}, as edgevit does"
 )
-GROUPED = "measured 2026-11-20 on mobileformer_26m: grouped over dense 0.98x [0.96, 1.00] in fp32, 0.92x in bf16"
+# Why a model's pointwise convolutions are dense here, where both forms were raced.
+GROUPED = {"mobileformer_26m": "measured 2026-11-20: grouped over dense 0.98x [0.96, 1.00] in fp32, 0.92x in bf16"}
 SEPARATE = "OpenVINO cannot share weights between image sizes: each size has a .bin file of its own"
 
 
@@ -87,20 +88,20 @@ def _build(model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[st
     """Write the IR of one size and say what there is to say of it."""
     size = spec.image_size or card.image.size
     pointwise: Literal["dense", "grouped"] = "grouped" if spec.pointwise == "grouped" else "dense"
-    why = GROUPED if spec.pointwise == "auto" else "asked for"
+    why = GROUPED.get(card.name, UNMEASURED) if spec.pointwise == "auto" else "asked for"
     shape = DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=CACHE_BYTES)
     with single_thread():
         form, certificates = deploy(model, shape)
         graph = to_graph(capture(form, spec.batch, size), outputs)
     graph = passes.run(graph, passes.CLEANUP)
     name_by_module(graph)  # before FINISH, which forgets the modules
-    proto = ir.to_proto(passes.run(graph, passes.FINISH))
-    converted = to_ir(proto)
-    _save(converted, path, half=spec.precision == "fp16")
+    graph = passes.run(graph, passes.FINISH)
+    inputs, outs = (tuple(signature(value) for value in side) for side in (graph.graph.inputs, graph.graph.outputs))
+    proto = ir.to_proto(graph)
+    _save(to_ir(proto), path, half=spec.precision == "fp16")
     hint = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[spec.precision]
     stored = "f16" if spec.precision == "fp16" else "f32"
     choices = {"pointwise": pointwise, "why": why, "weights": stored, "inference_precision": hint}
-    inputs, outs = (tuple(_signature(v) for v in side) for side in (proto.graph.input, proto.graph.output))
     return Built(
         path.name, path.name, proto, inputs, outs, tuple(certificates), choices, (SET_PRECISION.format(hint=hint),)
     )
@@ -129,8 +130,7 @@ def to_ir(proto: onnx.ModelProto) -> ov.Model:
     try:
         model = ov.convert_model(io.BytesIO(proto.SerializeToString()))
     except Exception as error:  # its exceptions share no base below Exception
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise ExportError(f"conversion to OpenVINO: {lines[-1].strip() if lines else type(error).__name__}") from error
+        raise ExportError(f"conversion to OpenVINO: {last_line(error)}") from error
     known = {node.name for node in proto.graph.node} | {tensor.name for tensor in proto.graph.initializer}
     known |= {value.name for value in (*proto.graph.input, *proto.graph.output)}
     for place, op in enumerate(model.get_ordered_ops()):
@@ -144,11 +144,4 @@ def _save(model: ov.Model, path: Path, *, half: bool) -> None:
     try:
         ov.save_model(model, path, compress_to_fp16=half)
     except RuntimeError as error:
-        raise ExportError(f"{path.name}: OpenVINO cannot write it: {str(error).strip().splitlines()[-1]}") from error
-
-
-def _signature(value: onnx.ValueInfoProto) -> TensorSpec:
-    kind = value.type.tensor_type
-    shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in kind.shape.dim)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
-    return TensorSpec(value.name, shape, dtype, "NCHW" if len(shape) == 4 else "")
+        raise ExportError(f"{path.name}: OpenVINO cannot write it: {last_line(error)}") from error

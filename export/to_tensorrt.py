@@ -24,7 +24,7 @@ from .build_script import write_build_script
 from .capture import capture, single_thread
 from .deploy import DeploySpec, deploy
 from .files import file_names, save_graphs
-from .half import TIDY, ToHalf
+from .half import TIDY, Kept, ToHalf
 from .opset import DecomposeHardSwish, DecomposeLayerNorm, lowering
 from .ranges import LIMIT, Ranges, measure_ranges
 from .to_onnx import OnnxExporter, output_names, signature, to_graph
@@ -145,13 +145,23 @@ def _half_notes(half: ToHalf) -> tuple[str, ...]:
     """What stays float32 in this network though its operator could be float16: worth a user's look."""
     if not half.named:
         return ()
-    shown = ", ".join(f"{kept.node} ({kept.tensor} reaches {kept.max_abs:.3g})" for kept in half.named[:SHOWN])
+    shown = ", ".join(f"{kept.node} ({_why(kept)})" for kept in half.named[:SHOWN])
     more = f" and {len(half.named) - SHOWN} more" if len(half.named) > SHOWN else ""
     note = (
         f"float16: {len(half.named)} of the nodes stay float32, because float16 with room for other pictures (up to "
         f"{LIMIT:.0f}) does not hold their numbers: {shown}{more}"
     )
     return (note,)
+
+
+def _why(kept: Kept) -> str:
+    """What float16 does not hold of a node's numbers."""
+    if kept.why == "sum":
+        return f"the magnitudes that it sums to {kept.tensor} may reach {kept.max_abs:.3g}"
+    if kept.why == "weight":
+        return f"its weight {kept.tensor} reaches {kept.max_abs:.3g}, or rounds too coarsely"
+    small = kept.max_abs < LIMIT
+    return f"{kept.tensor} stays below {kept.max_abs:.3g}" if small else f"{kept.tensor} reaches {kept.max_abs:.3g}"
 
 
 def _finish(built: Built, spec: ExportSpec, directory: Path) -> Built:

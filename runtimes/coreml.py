@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from edgevit.contracts import Arrays
 from edgevit.errors import RuntimeFailure
 from edgevit.specs import OperatorTime, TensorSpec
 
+from .mil_package import reason
 from .mil_program import Program, ProgramRuntime, read_program
 
 logging.getLogger("coremltools").addHandler(logging.NullHandler())  # its import prints what it does not find on Linux
@@ -30,9 +32,7 @@ logging.getLogger("coremltools").addHandler(logging.NullHandler())  # its import
 import coremltools as ct  # noqa: E402  # after the line above, or the remarks are printed
 from coremltools.models.compute_plan import MLComputePlan  # noqa: E402  # as above
 
-ELSEWHERE = (
-    "copy the artifact to a Mac and run edgevit there; --runtime mil_reference computes the same program anywhere"
-)
+ELSEWHERE = "copy the artifact to a Mac and run edgevit there; `edgevit verify` checks its numbers on any system"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class CoremlRuntime(ProgramRuntime):
         try:
             self._model = ct.models.MLModel(str(self.path), compute_units=self._units)
         except Exception as error:  # Core ML's errors come as RuntimeError and others
-            raise RuntimeFailure(f"{self.path}: Core ML cannot load it: {_line(error)}") from error
+            raise RuntimeFailure(f"{self.path}: Core ML cannot load it: {reason(error)}") from error
 
     def describe(self) -> dict[str, Any]:
         """Versions, compute units, and the device that Core ML prefers for how many operators."""
@@ -106,24 +106,25 @@ class CoremlRuntime(ProgramRuntime):
         try:
             outputs = self._model.predict(feed)
         except Exception as error:  # Core ML's errors come as RuntimeError and others
-            raise RuntimeFailure(f"{self.path}: Core ML failed: {_line(error)}") from error
+            raise RuntimeFailure(f"{self.path}: Core ML failed: {reason(error)}") from error
         return {name: _array(outputs[name], program.labels) for name in program.outputs}
 
     def profile(self, inputs: Arrays, runs: int) -> tuple[OperatorTime, ...]:
-        """Core ML's own estimate of each operator's share, times the time of a prediction; each with its device.
+        """Core ML's own estimate of each operator's share, times the median time of a prediction; each with its device.
 
         Core ML measures no operator. `name` ends with the device that it prefers; `precision` is the program's.
+        With `runs` 0 nothing is timed, and the times are 0.
         """
-        self.run(inputs)  # the first prediction still prepares
-        begin = time.perf_counter()
+        program, times = self._loaded(), []
+        if runs:
+            self.run(inputs)  # the first prediction still prepares
         for _ in range(runs):
+            begin = time.perf_counter()
             self.run(inputs)
-        whole_ms = (time.perf_counter() - begin) / runs * 1e3
-        program = self._loaded()
-        types, macs = (
-            {o.name: o.kind.name for s in program.steps for o in s.outputs if o.kind is not None},
-            program.macs,
-        )
+            times.append(time.perf_counter() - begin)
+        whole_ms = statistics.median(times) * 1e3 if times else 0.0
+        types = {o.name: o.kind.name for s in program.steps for o in s.outputs if o.kind is not None}
+        macs = program.macs
         return tuple(
             OperatorTime(
                 f"{name} on {device}", kind, types.get(name, "none"), share * whole_ms, (name,), macs.get(name, 0)
@@ -134,6 +135,11 @@ class CoremlRuntime(ProgramRuntime):
     def close(self) -> None:
         """Drop the model."""
         self._model = self._program = None
+
+    def _loaded(self) -> Program:
+        if self._model is None:  # Core ML may have refused a program that could be read
+            raise RuntimeFailure(f"{self.path}: the Core ML model is not loaded")
+        return super()._loaded()
 
     @property
     def _units(self) -> Any:
@@ -158,7 +164,7 @@ class CoremlRuntime(ProgramRuntime):
                     found[operation.outputs[0].name] = (kind, device, 0.0 if cost is None else float(cost.weight))
         except Exception as error:  # no plan before macOS 14.4; Core ML's errors come as RuntimeError and others
             raise RuntimeFailure(
-                f"{self.path}: no compute plan: {_line(error)}; it needs macOS 14.4 or later"
+                f"{self.path}: no compute plan: {reason(error)}; it needs macOS 14.4 or later"
             ) from error
         return found
 
@@ -175,8 +181,3 @@ def _array(value: Any, labels: list[str]) -> NDArray[Any]:
     if isinstance(value, dict):
         return np.array([[value[label] for label in labels]], dtype=np.float32)
     return np.array([value]) if isinstance(value, str) else np.array(value)
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__  # 200: one line on a terminal

@@ -1,4 +1,6 @@
-"""What the operators of a Core ML program compute, on float32 PyTorch tensors: the table `OPERATORS`.
+"""What the operators of a Core ML program compute, on float32 PyTorch tensors: arithmetic, activations, reductions.
+
+`mil_ops_shape.py` and `mil_ops_nn.py` hold further tables; `mil_reference.py` joins all of them as `OPERATORS`.
 
 The reference is the operator set of coremltools (https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html)
 and its `value_inference`, which the format's owner wrote in NumPy. What every network runs often is in PyTorch here,

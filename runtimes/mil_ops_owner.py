@@ -22,7 +22,10 @@ from coremltools.converters.mil._deployment_compatibility import AvailableTarget
 from coremltools.converters.mil.mil import Operation, types  # noqa: E402  # after the line above
 from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry  # noqa: E402  # after the line above
 
-LEFT_OUT = {"const", "cond", "while_loop", "list_length", "_const_symbolic", "thresholded_relu"}  # no values in and out
+LEFT_OUT = {
+    *("const", "cond", "while_loop", "list_length", "_const_symbolic"),  # no values in and out
+    "thresholded_relu",  # written into its operand, which a single number refuses; mil_ops.py has its own
+}
 
 
 def owned() -> list[str]:

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgevit.errors import RuntimeFailure
+from edgevit.errors import RuntimeFailure, first_line
 
 logging.getLogger("coremltools").addHandler(logging.NullHandler())  # its import prints what it does not find on Linux
 
@@ -32,7 +33,12 @@ from coremltools.proto import Model_pb2  # noqa: E402  # after the line above, o
 
 MAX_MANIFEST_BYTES = 1 << 20  # a manifest has two entries and under 1 KB
 MAX_PROGRAM_BYTES = 512 << 20  # weights lie outside; the largest network here has a program of 2 MB
-MAX_ELEMENTS = 1 << 31  # of one tensor: 8 GB in float32, more than a phone's memory
+MAX_ELEMENTS = 1 << 30  # of one tensor: 4 GB in float32, what a phone has for all
+MAX_CONSTANT_BYTES = 4 << 30  # all constants of a program as they are held; the largest network here has 0.8 GB
+HOLLOW_BYTES = 1 << 20  # a shorter file with holes costs nothing
+HOLLOW_SHARE = 16  # a file as many times longer than what the disk keeps of it is nearly all holes, no network
+CHUNK = 1 << 16  # numbers below a byte unpacked at once: each takes up to 56 bytes meanwhile
+MAX_TEXT = 80  # characters of a package's own text in a message
 AGAIN = "copy it again or export the model again"
 MODEL_PATH = "@model_path/"  # what file names in a program begin with: the folder of the program itself
 SENTINEL = 0xDEADBEEF  # begins the metadata of every tensor in a weight file
@@ -59,6 +65,17 @@ class Kind:
     def floating(self) -> bool:
         """Whether it may overflow or be no number."""
         return self.held.is_floating_point
+
+
+def shown(text: str, length: int = MAX_TEXT) -> str:
+    """A text of a package for a message: shortened, and what cannot be printed escaped."""
+    whole = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: length + 1])
+    return whole if len(whole) <= length else f"{whole[: length - 3]}..."
+
+
+def reason(error: BaseException) -> str:
+    """What an error says first; texts of the package may be part of it."""
+    return shown(first_line(error), 160)  # one line on a terminal
 
 
 STRING = Kind("string", torch.uint8, "", 0)
@@ -104,7 +121,7 @@ def read_package(path: Path) -> tuple[Any, Path]:
     except RuntimeFailure:
         raise
     except Exception as error:  # protobuf's decoders differ in what they raise
-        raise RuntimeFailure(f"{file}: not a Core ML model ({_line(error)}); {AGAIN}") from error
+        raise RuntimeFailure(f"{file}: not a Core ML model ({reason(error)}); {AGAIN}") from error
     return message, file.parent
 
 
@@ -115,7 +132,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(_bytes(file, MAX_MANIFEST_BYTES))
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, numbers or nesting without end
-        raise RuntimeFailure(f"{file}: not JSON ({_line(error)}); {AGAIN}") from error
+        raise RuntimeFailure(f"{file}: not JSON ({reason(error)}); {AGAIN}") from error
     if not isinstance(manifest, dict):
         raise RuntimeFailure(f"{file}: expected a JSON object; {AGAIN}")
     return manifest
@@ -133,11 +150,11 @@ def inside(folder: Path, name: str, package: Path) -> Path:
         leaves = not parts or parts[0] == "/" or ".." in parts or not file.is_relative_to(package.resolve())
         present = not leaves and file.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a null character, a name too long, links in a circle
-        raise RuntimeFailure(f"{package}: file name {name[:80]!r}: {_line(error)}; {AGAIN}") from error
+        raise RuntimeFailure(f"{package}: file name '{shown(name)}': {reason(error)}; {AGAIN}") from error
     if leaves:
-        raise RuntimeFailure(f"{package}: file name {name[:80]!r} leads out of the package; do not use this package")
+        raise RuntimeFailure(f"{package}: file name '{shown(name)}' leads out of the package; do not use this package")
     if not present:
-        raise RuntimeFailure(f"{package}: has no file {name[:80]!r}; {AGAIN}")
+        raise RuntimeFailure(f"{package}: has no file '{shown(name)}'; {AGAIN}")
     return file
 
 
@@ -146,7 +163,7 @@ def _bytes(file: Path, limit: int) -> bytes:
         with file.open("rb") as stream:
             content = stream.read(limit + 1)
     except OSError as error:
-        raise RuntimeFailure(f"{file}: cannot be read ({_line(error)}); check its permissions") from error
+        raise RuntimeFailure(f"{file}: cannot be read ({reason(error)}); check its permissions") from error
     if len(content) > limit:
         raise RuntimeFailure(f"{file}: more than {limit >> 20} MB, which no such file needs; {AGAIN}")
     return content
@@ -159,6 +176,20 @@ class Weights:
         self.package = package
         self._folder = folder
         self._maps: dict[str, memoryview] = {}
+        self._held_bytes = 0
+
+    def reserve(self, count: int, kind: Kind) -> None:
+        """Count the memory of a constant before it is read.
+
+        Raises:
+            RuntimeFailure: with those before it more than `MAX_CONSTANT_BYTES`.
+        """
+        self._held_bytes += count * kind.held.itemsize
+        if self._held_bytes > MAX_CONSTANT_BYTES:
+            raise RuntimeFailure(
+                f"{self.package}: constants of more than {MAX_CONSTANT_BYTES >> 20} MB, which no network for a phone "
+                f"needs; {AGAIN}"
+            )
 
     def data(self, name: str, offset: int, kind: Kind, count: int) -> NDArray[Any]:
         """The `count` numbers whose metadata lies at `offset` of the file `name`; types below a byte unpacked.
@@ -167,7 +198,7 @@ class Weights:
             RuntimeFailure: another file, type or size than the program says.
         """
         content = self._content(name)
-        where = f"{self.package}: tensor at byte {offset} of {name[-80:]}"
+        where = f"{self.package}: tensor at byte {offset} of {shown(name)}"
         if offset + METADATA.size > len(content):
             raise RuntimeFailure(f"{where}: the file has {len(content)} bytes; {AGAIN}")
         sentinel, code, size, start = METADATA.unpack_from(content, offset)
@@ -183,11 +214,15 @@ class Weights:
     def _content(self, name: str) -> memoryview:
         if name not in self._maps:
             if not name.startswith(MODEL_PATH):
-                raise RuntimeFailure(f"{self.package}: weight file {name[:80]!r}, expected {MODEL_PATH}...; {AGAIN}")
+                raise RuntimeFailure(f"{self.package}: weight file '{shown(name)}', expected {MODEL_PATH}...; {AGAIN}")
             file = inside(self._folder, name.removeprefix(MODEL_PATH), self.package)
-            if file.stat().st_size < BLOB_HEADER.size:
+            size = file.stat().st_size
+            if size < BLOB_HEADER.size:
                 raise RuntimeFailure(f"{file}: no weight file; {AGAIN}")
             with file.open("rb") as stream:
+                kept = _kept(stream.fileno(), size)
+                if size > max(HOLLOW_BYTES, HOLLOW_SHARE * kept):
+                    raise RuntimeFailure(f"{file}: says {size} bytes, of which {kept} are on disk; {AGAIN}")
                 content = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
             version = BLOB_HEADER.unpack_from(content, 0)[1]
             if version != BLOB_VERSION:
@@ -196,15 +231,36 @@ class Weights:
         return self._maps[name]
 
 
+def _kept(file: int, size: int) -> int:
+    """How many bytes of a file its disk keeps; the others are holes, which read as zeros and take memory."""
+    if not hasattr(os, "SEEK_DATA"):  # not on Windows
+        return size
+    kept = end = 0
+    try:
+        while end < size:
+            begin = os.lseek(file, end, os.SEEK_DATA)
+            end = os.lseek(file, begin, os.SEEK_HOLE)
+            kept += end - begin
+    except OSError:  # nothing but a hole up to the end
+        pass
+    return kept
+
+
 def unpacked(content: bytes | memoryview, kind: Kind, count: int) -> NDArray[Any]:
     """`count` numbers from their bytes; below a byte they follow each other from the lowest bit up."""
     if kind.bits >= 8:
         return np.frombuffer(content, dtype=kind.stored, count=count)
-    bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")[: count * kind.bits]
-    values = bits.reshape(count, kind.bits) @ (1 << np.arange(kind.bits, dtype=np.int64))  # count bits -> count
-    if kind.name.startswith("int"):
-        values = np.where(values >= 1 << (kind.bits - 1), values - (1 << kind.bits), values)
-    return values.astype(kind.stored)
+    packed, values = np.frombuffer(content, np.uint8), np.empty(count, kind.stored)
+    for begin in range(0, count, CHUNK):  # a chunk begins at a whole byte
+        some = min(CHUNK, count - begin)
+        first = begin * kind.bits // 8
+        part = packed[first : first + (some * kind.bits + 7) // 8]
+        bits = np.unpackbits(part, bitorder="little")[: some * kind.bits]
+        numbers = bits.reshape(some, kind.bits) @ (1 << np.arange(kind.bits, dtype=np.int64))  # some bits -> some
+        if kind.name.startswith("int"):
+            numbers = np.where(numbers >= 1 << (kind.bits - 1), numbers - (1 << kind.bits), numbers)
+        values[begin : begin + some] = numbers
+    return values
 
 
 def value_of(value: Any, weights: Weights) -> Tensor | str | list[str]:
@@ -222,6 +278,7 @@ def value_of(value: Any, weights: Weights) -> Tensor | str | list[str]:
     count = math.prod(known)
     if len(known) < len(shape) or count > MAX_ELEMENTS:
         raise RuntimeFailure(f"{weights.package}: a constant of shape {shape}, expected a known and sane one; {AGAIN}")
+    weights.reserve(count, kind)
     if value.WhichOneof("value") == "blobFileValue":
         file = value.blobFileValue
         array = weights.data(file.fileName, file.offset, kind, count)
@@ -256,8 +313,3 @@ def kind_and_shape(message: Any, package: Path) -> tuple[Kind, tuple[int | None,
         raise RuntimeFailure(f"{package}: a value of type {name}, which is not known here; known: {known}")
     shape = tuple(d.constant.size if d.WhichOneof("dimension") == "constant" else None for d in tensor.dimensions)
     return KINDS[tensor.dataType], shape
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__  # 160: one line on a terminal

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,19 @@ from torch import Tensor
 from edgevit.errors import RuntimeFailure
 from edgevit.specs import TensorSpec
 
-from .mil_package import KINDS, STRING, Kind, Weights, kind_and_shape, read_package, value_of
+from .mil_package import (
+    AGAIN,
+    KINDS,
+    MAX_ELEMENTS,
+    STRING,
+    Kind,
+    Weights,
+    kind_and_shape,
+    read_package,
+    reason,
+    shown,
+    value_of,
+)
 
 FUNCTION = "main"  # what Core ML runs unless a program says otherwise
 SPEC_VERSIONS = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}  # Model.proto
@@ -51,6 +64,11 @@ class Step:
         """The name of what it makes first."""
         return self.outputs[0].name
 
+    @property
+    def shown(self) -> str:
+        """Its type and name for a message."""
+        return f"{shown(self.type)} '{shown(self.name)}'"
+
 
 @dataclass(frozen=True)
 class Program:
@@ -74,9 +92,27 @@ class Program:
         products = {name for kind, name in floats if kind in PRODUCTS}
         return "+".join(sorted(products or {name for _, name in floats})) or "none"
 
-    def asked(self, precision: str) -> str:
-        """What a precision that was asked for means here: an fp16 export may keep some operators in float32."""
-        return self.precision if precision == "fp16" and self.precision == "fp16+fp32" else precision
+    @property
+    def running(self) -> list[Step]:
+        """What is computed for every input: not the constants made of constants."""
+        return [step for step in self.steps if not step.type.startswith("constexpr_")]
+
+    def maker(self, name: str) -> Step | None:
+        """The operator that makes a value, looked for behind casts; None of an input or a constant."""
+        made = {out.name: step for step in self.steps for out in step.outputs}
+        step = made.get(name)
+        while step is not None and step.type == "cast":
+            step = made.get(str(step.operands.get("x")))
+        return step
+
+    def readers(self, step: Step) -> list[Step]:
+        """The operators that read what a step makes, looked for behind casts."""
+        names, found = {out.name for out in step.outputs}, []
+        for other in self.steps:
+            if names.intersection(other.reads):
+                found.append(other)
+                names |= {other.name} if other.type == "cast" else set()
+        return found
 
     @property
     def macs(self) -> dict[str, int]:
@@ -101,7 +137,7 @@ class Program:
         if step.type == "scaled_dot_product_attention":  # ... l e, ... s e, ... s v
             return math.prod(of["query"][:-1]) * of["key"][-2] * (of["query"][-1] + of["value"][-1])
         if step.type == "einsum":  # n c h w, n w h u
-            return made * shapes[step.reads[0]][-1]
+            return made * shapes[step.operands["values"][0]][-1]
         turned = self.constants.get(str(step.operands.get("transpose_x")))
         return made * of["x"][-2 if turned is not None and bool(turned) and len(of["x"]) > 1 else -1]
 
@@ -138,7 +174,7 @@ def read_program(path: Path) -> Program:
         parser.take(operation)
     missing = [name for name in block.outputs if name not in parser.known]
     if missing or not block.outputs:
-        raise RuntimeFailure(f"{path}: the program's output {', '.join(missing) or 'list'} is made by nothing")
+        raise RuntimeFailure(f"{path}: the program's output {_names(missing) or 'list'} is made by nothing")
     kinds = {value.name: kind_and_shape(value.type, path) for value in function.inputs}
     inputs, bgr = _inputs(path, model.description.input, kinds)
     return Program(
@@ -167,17 +203,15 @@ class _Parser:
     def define(self, name: str, place: str) -> None:
         if not name or not name.isprintable() or name in self.known:
             raise RuntimeFailure(
-                f"{self.path}: {place[:120]}: its name {name[:80]!r} is empty, taken or not printable; "
+                f"{self.path}: {place}: its name '{shown(name)}' is empty, taken or not printable; "
                 "export the model again"
             )
         self.known.add(name)
 
     def take(self, operation: Any) -> None:
-        place = f"operator {operation.type!r}"
+        place = f"operator '{shown(operation.type)}'"
         if not operation.outputs or not operation.type.isprintable():
-            raise RuntimeFailure(
-                f"{self.path}: {place[:120]}: has no proper type, or makes nothing; export the model again"
-            )
+            raise RuntimeFailure(f"{self.path}: {place}: has no proper type, or makes nothing; export the model again")
         if operation.type == "const":
             self.define(operation.outputs[0].name, place)
             self.constants[operation.outputs[0].name] = self._value(operation.attributes["val"], place)
@@ -192,6 +226,14 @@ class _Parser:
         for value in operation.outputs:
             self.define(value.name, place)
         outputs = tuple(_output(value, self.path) for value in operation.outputs)
+        for out in outputs:
+            count = math.prod(length for length in out.shape if length is not None)
+            if count > MAX_ELEMENTS:
+                raise RuntimeFailure(
+                    f"{self.path}: {place}: makes {count} numbers, more than a phone can hold; {AGAIN}"
+                )
+            if out.kind is not None and operation.type.startswith("constexpr_"):
+                self.weights.reserve(count, out.kind)
         self.texts |= {out.name for out in outputs if out.kind is None}
         self._steps.append((operation.type, operands, outputs))
 
@@ -211,7 +253,7 @@ class _Parser:
             return self._constant(binding.value, place)
         name: str = binding.name
         if name not in self.known:
-            raise RuntimeFailure(f"{self.path}: {place[:120]}: reads {name[:80]!r}, which nothing before it makes")
+            raise RuntimeFailure(f"{self.path}: {place}: reads '{shown(name)}', which nothing before it makes")
         return name
 
     def _constant(self, value: Any, place: str) -> str:
@@ -225,11 +267,14 @@ class _Parser:
         except RuntimeFailure:
             raise
         except Exception as error:  # texts where numbers should be, and what else a damaged file may hold
-            reason = (str(error).splitlines() or [""])[0][:120]
             raise RuntimeFailure(
-                f"{self.path}: {place[:120]}: a constant that cannot be read ({type(error).__name__}: {reason}); "
+                f"{self.path}: {place}: a constant that cannot be read ({type(error).__name__}: {reason(error)}); "
                 "export the model again"
             ) from error
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(shown, itertools.islice(names, 8)))  # 8: no network here has more outputs
 
 
 def _flat(operands: Mapping[str, str | list[str]]) -> list[str]:
@@ -251,20 +296,22 @@ def _inputs(
     specs, bgr = [], []
     for feature in described:
         if feature.name not in kinds:
-            raise RuntimeFailure(f"{path}: input {feature.name[:80]!r} is not one of the program; export it again")
+            raise RuntimeFailure(f"{path}: input '{shown(feature.name)}' is not one of the program; export it again")
         shape = _named(kinds[feature.name][1])
         image = feature.type.WhichOneof("Type") == "imageType"
         if image and feature.type.imageType.colorSpace not in (RGB, BGR):
-            raise RuntimeFailure(f"{path}: input {feature.name}: a picture in grey, expected one in colour")
+            raise RuntimeFailure(f"{path}: input {shown(feature.name)}: a picture in grey, expected one in colour")
         if image and feature.type.imageType.colorSpace == BGR:
             bgr.append(feature.name)
         dtype = "float32" if image else ARRAY_TYPES.get(feature.type.multiArrayType.dataType, "")
         if not dtype:
-            raise RuntimeFailure(f"{path}: input {feature.name} is neither a picture nor an array of a known type")
+            raise RuntimeFailure(
+                f"{path}: input {shown(feature.name)} is neither a picture nor an array of a known type"
+            )
         layout = "NCHW" if len(shape) == 4 else ""
         specs.append(TensorSpec(feature.name, shape, dtype, layout, "pixels" if image else "normalised"))
     if {spec.name for spec in specs} != set(kinds):
-        raise RuntimeFailure(f"{path}: its program takes {', '.join(kinds)}, which its description does not name")
+        raise RuntimeFailure(f"{path}: its program takes {_names(kinds)}, which its description does not name")
     return tuple(specs), tuple(bgr)
 
 
@@ -289,13 +336,17 @@ class ProgramRuntime:
 
     @property
     def asked_precision(self) -> str:
-        """`precision`, and where it is fp16 also fp16+fp32: an export may keep operators in float32."""
-        return self._loaded().asked(self.precision)
+        """`precision`."""
+        return self.precision
 
     @property
     def effective_precision(self) -> str:
-        """The types of what the saved program's products make: the least that Core ML computes in."""
-        return self._loaded().precision
+        """The types of what the saved program's products make: the least that Core ML computes in.
+
+        A float16 program may keep products in float32, those that its export lists; what computes, `profile` tells.
+        """
+        found = self._loaded().precision
+        return "fp16" if self.asked_precision == "fp16" and found == "fp16+fp32" else found
 
     def _loaded(self) -> Program:
         if self._program is None:

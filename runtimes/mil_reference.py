@@ -10,7 +10,9 @@ Neural Engine accumulate.
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +31,22 @@ from . import mil_ops_owner
 from .mil_ops import ACTIVATIONS, ELEMENTWISE, QUANTIZATION, REDUCTIONS, Operands, Operator, Result
 from .mil_ops_nn import NN
 from .mil_ops_shape import SHAPE
-from .mil_package import Kind
-from .mil_program import SPEC_VERSIONS, Output, Program, ProgramRuntime, Step, read_program
+from .mil_package import Kind, reason, shown
+from .mil_program import PRODUCTS, SPEC_VERSIONS, Output, Program, ProgramRuntime, Step, read_program
 
 OPERATORS: dict[str, Operator] = {**ELEMENTWISE, **ACTIVATIONS, **REDUCTIONS, **QUANTIZATION, **SHAPE, **NN}
 Seen = Callable[[Step, tuple[Any, ...]], None]  # told of every step and what it made
+Watched = Callable[[Step, tuple[Any, ...], dict[str, Any]], None]  # told of the values so far, too
+
+
+LARGEST = 65504 / 2  # half of what float16 holds: another picture may make more of what is advised on
 
 
 @dataclass(frozen=True)
 class Problem:
     """The first operator whose result is not finite; `largest` is the largest magnitude it read.
 
-    `readers` are the types of what reads the result: in float16 they would meet the infinity again.
+    Where that is a cast, `name` and `type` are those of the operator that made what was cast. `advice` is what to do.
     """
 
     name: str
@@ -48,17 +54,21 @@ class Problem:
     kind: str
     what: str
     largest: float
-    readers: tuple[str, ...]
+    advice: str
 
     def __str__(self) -> str:
-        return f"{self.type} {self.name!r} in {self.kind} {self.what}, reading values up to {self.largest:.4g}"
+        return (
+            f"{shown(self.type)} '{shown(self.name)}' in {self.kind} {self.what}, "
+            f"reading values up to {self.largest:.4g}; {self.advice}"
+        )
 
 
 class MilReference(ProgramRuntime):
     """Runs the package at `path` with `threads` threads (None: one) in the precision that its program has.
 
-    `first_problem` is the first operator of the last run that overflowed or made a NaN, None where all was finite. An
-    infinite value inside is no failure by itself: a mask of minus infinity is one. An output that is not finite is.
+    `first_problem` is the first operator of all runs since `load` that overflowed or made a NaN, None where all was
+    finite. An infinite value inside is no failure by itself: a mask of minus infinity is one. An output that is not
+    finite is.
     """
 
     name = "mil_reference"
@@ -75,6 +85,7 @@ class MilReference(ProgramRuntime):
         self.threads = threads or 1
         self.precision = precision
         self.first_problem: Problem | None = None
+        self._last_problem: Problem | None = None  # of the last run
         self._program: Program | None = None
 
     @classmethod
@@ -93,8 +104,8 @@ class MilReference(ProgramRuntime):
         unknown = next((step for step in program.steps if step.type not in known), None)
         if unknown is not None:
             raise RuntimeFailure(
-                f"{self.path}: operator {unknown.type} ({unknown.name!r}) is not known to the interpreter; "
-                f"known: {', '.join(sorted(known))}"
+                f"{self.path}: operator {shown(unknown.type)} ('{shown(unknown.name)}') is not known to the "
+                f"interpreter; known: {', '.join(sorted(known))}"
             )
         self._program = program
         with _threads(self.threads):
@@ -104,7 +115,7 @@ class MilReference(ProgramRuntime):
                     program.constants.update(zip((out.name for out in step.outputs), made, strict=True))
 
     def describe(self) -> dict[str, Any]:
-        """Versions, threads, and the first problem of the last run."""
+        """Versions, threads, and the first problem of all runs."""
         return {
             "runtime": "edgevit MIL interpreter",
             "version": torch.__version__,
@@ -123,7 +134,7 @@ class MilReference(ProgramRuntime):
         outputs = self._run(inputs)
         for name, array in outputs.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise RuntimeFailure(f"{self.path}: output {name} is not finite: {self._reason(inputs)}")
+                raise RuntimeFailure(f"{self.path}: output {shown(name)} is not finite: {self._reason(inputs)}")
         return outputs
 
     def ranges(self, inputs: Arrays) -> dict[str, tuple[float, float]]:
@@ -139,14 +150,17 @@ class MilReference(ProgramRuntime):
         return found
 
     def profile(self, inputs: Arrays, runs: int) -> tuple[OperatorTime, ...]:
-        """The precision of every operator, and the interpreter's own time for it, which is no device's."""
-        spent: dict[str, float] = {}
+        """The precision of every operator, and the interpreter's own time for it, which is no device's.
+
+        Times are medians over `runs`; with `runs` 0 nothing is timed, and they are 0.
+        """
+        spent = defaultdict[str, list[float]](list)
         last = 0.0
 
         def see(step: Step, made: tuple[Any, ...]) -> None:  # noqa: ARG001  # what it made is not asked
             nonlocal last
             now = time.perf_counter()
-            spent[step.name] = spent.get(step.name, 0.0) + now - last
+            spent[step.name].append(now - last)
             last = now
 
         for _ in range(runs):
@@ -158,37 +172,48 @@ class MilReference(ProgramRuntime):
                 name=step.name,
                 kind=step.type,
                 precision=step.outputs[0].kind.name if step.outputs[0].kind else "none",
-                time_ms=spent[step.name] / runs * 1e3,
+                time_ms=statistics.median(spent[step.name]) * 1e3 if runs else 0.0,
                 origins=(step.name,),
                 macs=macs.get(step.name, 0),
             )
-            for step in self._loaded().steps
-            if step.name in spent
+            for step in self._loaded().running
         )
 
     def close(self) -> None:
-        """Drop the program and its weights."""
-        self._program = None
+        """Drop the program and its weights, and forget its problems."""
+        self._program = self.first_problem = self._last_problem = None
 
     def _run(self, inputs: Arrays, see: Seen = lambda step, made: None) -> dict[str, NDArray[Any]]:
-        program, self.first_problem = self._loaded(), None
+        self._last_problem = None
+        finite = all(bool(np.isfinite(array).all()) for array in inputs.values())  # else the picture is to blame
+
+        def watch(step: Step, made: tuple[Any, ...], values: dict[str, Any]) -> None:
+            if finite and self._last_problem is None:
+                self._last_problem = self._problem(step, made, values, inputs)
+                self.first_problem = self.first_problem or self._last_problem
+            see(step, made)
+
+        return self._execute(inputs, watch)
+
+    def _execute(self, inputs: Arrays, see: Watched, exact: bool = False) -> dict[str, NDArray[Any]]:
+        """Every step in its order; with `exact`, float16 values keep what float32 holds of them."""
+        program = self._loaded()
         values: dict[str, Any] = {}
         for name, array in inputs.items():
             tensor = torch.from_numpy(np.array(array))
             tensor = tensor.flip(1) if name in program.bgr else tensor  # planes r g b -> b g r
-            values[name] = _held(tensor, program.input_kinds[name])
+            values[name] = _held(tensor, program.input_kinds[name], exact)
         with _threads(self.threads), torch.no_grad():
-            for step in (step for step in program.steps if not step.type.startswith("constexpr_")):
-                made = self._compute(step, values)
-                self._watch(step, values, made)
-                see(step, made)
+            for step in program.running:
+                made = self._compute(step, values, exact)
+                see(step, made, values)
                 values.update(zip((out.name for out in step.outputs), made, strict=True))
                 for name in step.drops:
                     values.pop(name, None)
         results = {name: values[name] if name in values else program.constants[name] for name in program.outputs}
         return {name: _array(value) for name, value in results.items()}
 
-    def _compute(self, step: Step, values: dict[str, Any]) -> tuple[Any, ...]:
+    def _compute(self, step: Step, values: dict[str, Any], exact: bool = False) -> tuple[Any, ...]:
         """What one step makes, rounded to the types that the program gives; its shapes are checked against it."""
         program = self._loaded()
         read = {name: self._read(operand, values) for name, operand in step.operands.items()}
@@ -198,11 +223,10 @@ class MilReference(ProgramRuntime):
                 return _classified(operands)
             result: Result = OPERATORS.get(step.type, mil_ops_owner.compute)(operands)
             made = (result,) if isinstance(result, Tensor) else tuple(result)
-            held = tuple(_held(value, out.kind) for value, out in zip(made, step.outputs, strict=True))
+            held = tuple(_held(value, out.kind, exact) for value, out in zip(made, step.outputs, strict=True))
         except Exception as error:  # whatever a program that is wrong makes PyTorch or NumPy raise
-            reason = (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
             raise RuntimeFailure(
-                f"{self.path}: operator {step.type} {step.name!r} failed: {type(error).__name__}: {reason}"
+                f"{self.path}: operator {step.shown} failed: {type(error).__name__}: {reason(error)}"
             ) from error
         for value, out in zip(held, step.outputs, strict=True):
             _check_shape(self.path, step, value, out)
@@ -213,39 +237,72 @@ class MilReference(ProgramRuntime):
             return [self._read(name, values) for name in operand]
         return values[operand] if operand in values else self._loaded().constants[operand]
 
-    def _watch(self, step: Step, values: dict[str, Any], made: tuple[Any, ...]) -> None:
-        if self.first_problem is not None:
-            return
-        for value, out in zip(made, step.outputs, strict=True):
-            if out.kind is None or not out.kind.floating or bool(torch.isfinite(value).all()):
-                continue
-            what = "makes a NaN" if bool(torch.isnan(value).any()) else "overflows"
-            read = [self._read(operand, values) for operand in step.operands.values()]
-            tensors = [
-                t for each in read for t in (each if isinstance(each, list) else [each]) if isinstance(t, Tensor)
-            ]
-            largest = max((float(t.abs().max()) for t in tensors if t.is_floating_point() and t.numel()), default=0.0)
-            readers = {s.type for s in self._loaded().steps if out.name in s.reads}
-            self.first_problem = Problem(out.name, step.type, out.kind.name, what, largest, tuple(sorted(readers)))
-            return
+    def _problem(self, step: Step, made: tuple[Any, ...], values: dict[str, Any], inputs: Arrays) -> Problem | None:
+        """What is wrong with what a step made, None where all of it is finite."""
+        pairs = zip(step.outputs, made, strict=True)
+        bad = [(o, v) for o, v in pairs if o.kind and o.kind.floating and not bool(torch.isfinite(v).all())]
+        if not bad:
+            return None
+        (out, value), program = bad[0], self._loaded()
+        what = "makes a NaN" if bool(torch.isnan(value).any()) else "overflows"
+        kind = out.kind.name if out.kind else ""
+        read = (self._read(operand, values) for operand in step.operands.values())
+        tensors = (t for each in read for t in (each if isinstance(each, list) else [each]) if isinstance(t, Tensor))
+        largest = max((float(t.abs().max()) for t in tensors if t.is_floating_point() and t.numel()), default=0.0)
+        advice = self._advice(step, inputs) if kind == "fp16" else "check the weights"
+        if step.type == "cast":
+            what = f"makes what {what} in a cast to {kind}"
+            maker = program.maker(out.name)
+            out, kind_of = (maker.outputs[0], maker.type) if maker else (out, "input")
+            kind = out.kind.name if out.kind else kind
+            return Problem(out.name, kind_of, kind, what, largest, advice)
+        return Problem(out.name, step.type, kind, what, largest, advice)
+
+    def _advice(self, failed: Step, inputs: Arrays) -> str:
+        """What to keep in float32, so that following it once is enough.
+
+        The program is run once more without rounding: what makes or reads more than float16 holds has to be float32,
+        and what is so already has to stay.
+        """
+        program = self._loaded()
+        maker = program.maker(failed.name)
+        wide: list[Step] = [] if maker is None else [maker]
+
+        def see(step: Step, made: tuple[Any, ...], values: dict[str, Any]) -> None:  # noqa: ARG001  # values: not asked
+            if any(_largest(value) > LARGEST for value in made):
+                wide.extend([step, *program.readers(step)])
+
+        self._execute(inputs, see, exact=True)
+        full = [step for step in program.running if step.outputs[0].kind and step.outputs[0].kind.name == "fp32"]
+        kinds = {step.type for step in (*wide, *full)} - {"cast", "classify"}
+        named = list(dict.fromkeys(step.type for step in program.running if step.type in kinds))
+        products = {step.type for step in program.running if step.type in PRODUCTS}
+        if not named or (products and products <= kinds):
+            return "export with --precision fp32"
+        return f"export with --option keep_fp32={','.join(named)} or --precision fp32"
 
     def _reason(self, inputs: Arrays) -> str:
         """Why an output is not finite, and what to do."""
         bad = next((name for name, array in inputs.items() if not np.isfinite(array).all()), None)
         if bad is not None:
-            return f"the input {bad} is not; check the picture"
-        if self.first_problem is None:
+            return f"the input {shown(bad)} is not; check the picture"
+        if self._last_problem is None:
             return "a constant of the program is not; check the weights"
-        kinds = dict.fromkeys((self.first_problem.type, *self.first_problem.readers))
-        advice = f"export with --option keep_fp32={','.join(k for k in kinds if k != 'cast')} or --precision fp32"
-        return f"first {self.first_problem}; {advice if self.first_problem.kind == 'fp16' else 'check the weights'}"
+        return f"first {self._last_problem}"
 
 
-def _held(value: Tensor, kind: Kind | None) -> Tensor:
+def _largest(value: Any) -> float:
+    """The largest finite magnitude of a floating tensor; infinite ones are masks."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+        return 0.0
+    return float(value.abs().nan_to_num(0.0, 0.0).max())
+
+
+def _held(value: Tensor, kind: Kind | None, exact: bool) -> Tensor:
     """As the program's type has it: float16 as the float32 numbers that float16 has, beyond its range infinite."""
     if kind is None:
         return value
-    return value.half().float() if kind.name == "fp16" else value.to(kind.held)
+    return value.half().float() if kind.name == "fp16" and not exact else value.to(kind.held)
 
 
 def _classified(a: Operands) -> tuple[str, Tensor]:
@@ -265,7 +322,7 @@ def _check_shape(path: Path, step: Step, value: Tensor, out: Output) -> None:
     )
     if not fits:
         raise RuntimeFailure(
-            f"{path}: operator {step.type} {step.name!r} makes shape {tuple(value.shape)}, the program says {out.shape}"
+            f"{path}: operator {step.shown} makes shape {tuple(value.shape)}, the program says {out.shape}"
         )
 
 

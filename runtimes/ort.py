@@ -16,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from edgevit.contracts import Arrays
-from edgevit.errors import RuntimeFailure
+from edgevit.errors import RuntimeFailure, first_line
 from edgevit.specs import NoOptions, OperatorTime, TensorSpec
 
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
@@ -24,6 +24,7 @@ PROVIDER = "CPUExecutionProvider"
 PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64", "int8": "int8", "uint8": "int8"}
 PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul")  # part of the kinds that have them, also of FusedConv, MatMulInteger
 EVENT, REORDERED = "_kernel_time", "_nchwc"  # what ONNX Runtime puts behind names of nodes, and of those in its layout
+UNCAST = "InsertedPrecisionFreeCast_"  # what it puts before names where a float32 kernel computes a float16 node
 WARMUP_RUNS = 2  # before a profile: the first run allocates
 FATAL_ONLY = 4  # ONNX Runtime's log level: failures are raised, and its own lines would repeat them
 
@@ -98,7 +99,7 @@ class OrtRuntime:
             for _ in range(WARMUP_RUNS + runs if runs else 1):
                 self._infer(session, inputs)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-            origins = _origins(onnx.load(self.path, load_external_data=False), onnx.load(executed))
+            origins = _origins(*(onnx.load(file, load_external_data=False) for file in (self.path, executed)))
         return tuple(_operators(events, origins, runs))
 
     def close(self) -> None:
@@ -145,12 +146,6 @@ def _weights_precision(path: Path) -> str:
     return "+".join(sorted({names[t.data_type] for t in model.graph.initializer if t.data_type in names})) or "fp32"
 
 
-def first_line(error: Exception) -> str:
-    """What ONNX Runtime says first; the rest are places in its own sources."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _operators(events: Sequence[Any], origins: dict[str, tuple[str, ...]], runs: int) -> Iterator[OperatorTime]:
     """The operators in the profile's events, one event for each run of each operator, in the order of their first."""
     found = defaultdict[tuple[str, str], list[Any]](list)
@@ -186,10 +181,14 @@ def _origins(source: onnx.ModelProto, executed: onnx.ModelProto) -> dict[str, tu
 
 def _tensors(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], sources: dict[str, onnx.NodeProto]) -> list[str]:
     """The file's tensors that an executed node writes by their own names, or by its name ("x_nchwc", "node/Fusion")."""
-    part_of = sources.get(node.name.rstrip("/").rpartition("/")[0])
-    named = [node.name.removesuffix(REORDERED)] if node.name.endswith(REORDERED) else []
+    if node.op_type == "Cast":  # those around float32 kernels of float16 nodes bear the names of the nodes' tensors
+        return []
+    name = node.name.removeprefix(UNCAST)
+    part_of = sources.get(name.rstrip("/").rpartition("/")[0])
+    named = [name.removesuffix(REORDERED)] if name.endswith(REORDERED) else []
     fused = list(part_of.output) if part_of is not None else []
-    return [tensor for tensor in [*node.output, *named, *fused] if tensor in makers]
+    outputs = [output.removeprefix(UNCAST) for output in node.output]
+    return [tensor for tensor in [*outputs, *named, *fused] if tensor in makers]
 
 
 def _back(tensors: Sequence[str], makers: dict[str, onnx.NodeProto], own: Counter[str]) -> Iterator[str]:

@@ -17,7 +17,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from edgevit.contracts import Arrays
-from edgevit.errors import RuntimeFailure, UsageError
+from edgevit.errors import RuntimeFailure, UsageError, last_line
 from edgevit.specs import OperatorTime, TensorSpec
 
 TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}  # OpenVINO's word: ours
@@ -217,7 +217,7 @@ def _guarded(where: str, call: Callable[[], T]) -> T:
     try:
         return call()
     except RuntimeError as error:
-        raise RuntimeFailure(f"{where}: {_last_line(error)}") from error
+        raise RuntimeFailure(f"{where}: {last_line(error)}") from error
 
 
 def _computed_in(core: ov.Core, device: str, precision: str) -> str:
@@ -255,7 +255,7 @@ def _products(model: ov.Model, shapes: Mapping[str, Sequence[int]]) -> list[tupl
     """Each product's multiply-accumulates for inputs of these shapes, and the names that it may be executed under.
 
     A product that was fused with what follows is executed under its own name, the node's without the addition, or that
-    of the addition, perhaps of a scaled product.
+    of the addition, perhaps of a scaled product, perhaps of the conversion of what comes out.
     """
     if model.is_dynamic():
         model.reshape({name: list(shape) for name, shape in shapes.items()})
@@ -266,6 +266,9 @@ def _products(model: ov.Model, shapes: Mapping[str, Sequence[int]]) -> list[tupl
             readers = _readers(op)
             readers += [
                 after for reader in readers if reader.get_type_name() == "Multiply" for after in _readers(reader)
+            ]
+            readers += [
+                after for one in (op, *readers) for after in _readers(one) if after.get_type_name() == "Convert"
             ]
             names = [name, name.removesuffix(DERIVED), *(reader.get_friendly_name() for reader in readers)]
             found.append((cost, names))
@@ -327,9 +330,3 @@ def _text(op: Any, key: str) -> str:
 def _spec(port: Any) -> TensorSpec:
     shape = tuple(d.get_length() if d.is_static else "batch" for d in port.partial_shape)
     return TensorSpec(port.any_name, shape, port.element_type.to_dtype().name)
-
-
-def _last_line(error: Exception) -> str:
-    """OpenVINO puts the files and lines of its own sources first and the reason last."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

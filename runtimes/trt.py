@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgevit.contracts import Arrays
-from edgevit.errors import RuntimeFailure
+from edgevit.engine_layers import EngineLayer, read_layer
+from edgevit.errors import RuntimeFailure, first_line
 from edgevit.specs import OperatorTime, TensorSpec
 
 from .device_memory import Device, empty, open_driver
@@ -30,12 +31,6 @@ from .device_memory import Device, empty, open_driver
 LIBRARIES = ("tensorrt", "tensorrt_rtx")  # the order in which an engine is offered to them
 INSTALL = "pip install 'edgevit[tensorrt]'"
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "INT8": "int8", "BOOL": "bool"}
-# How the layer information of TensorRT 10 ("... FP16 format"), 11 and RTX ("Half") names types; longer names first.
-PRECISIONS = (("BFloat16", "bf16"), ("BF16", "bf16"), ("FP16", "fp16"), ("Half", "fp16"), ("FP32", "fp32"),
-              ("Float", "fp32"), ("Int8", "int8"), ("FP8", "fp8"), ("Int32", "int32"), ("Bool", "bool"))  # fmt: skip
-PRODUCT = re.compile(r"gemm|[Cc]onv(?!ert)|correlation|mha|Fc|[Mm]at[Mm]ul|MatrixMultiply|FullyConnected")
-MOVES = ("Constant", "NoOp", "Reformat", "Shuffle")  # layers that are named after a product but compute none
-ORIGIN = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 WARM_UP = 3  # runs before a profile: the first ones load kernels
 
 
@@ -44,21 +39,6 @@ class TrtOptions:
     """What the runtime takes beside; device: number of the GPU, as nvidia-smi counts them."""
 
     device: int = 0
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer of an engine: its type, the precision of its first input, and the ONNX nodes that it computes."""
-
-    name: str
-    kind: str
-    precision: str
-    origins: tuple[str, ...]
-
-    @property
-    def is_product(self) -> bool:
-        """Whether it computes a convolution, a matrix product or an attention."""
-        return self.kind not in MOVES and PRODUCT.search(f"{self.name} {self.kind}") is not None
 
 
 class TrtRuntime:
@@ -80,7 +60,7 @@ class TrtRuntime:
         self._context: Any = None
         self._device: Device | None = None
         self._buffers: dict[str, tuple[int, int]] = {}  # tensor: address, bytes
-        self._layers: tuple[Layer, ...] = ()
+        self._layers: tuple[EngineLayer, ...] = ()
 
     @classmethod
     def obstacle(cls) -> str | None:
@@ -124,13 +104,14 @@ class TrtRuntime:
     @property
     def effective_precision(self) -> str:
         """The precision in which most of the engine's products run, from its own layer information."""
-        kinds = Counter(layer.precision for layer in self._layers if layer.is_product)
-        if not kinds:
+        kinds = Counter(layer.precision or "unknown" for layer in self._layers if layer.product)
+        found = max(sorted(kinds), key=lambda kind: kinds[kind], default="unknown")
+        if found == "unknown":
             raise RuntimeFailure(
                 f"{self.path}: the engine does not say what its layers compute in; build it with detailed profiling "
                 "verbosity, as edgevit export and build.sh do"
             )
-        return max(sorted(kinds), key=lambda kind: kinds[kind])
+        return found
 
     def describe(self) -> dict[str, Any]:
         """Library, version and GPU."""
@@ -163,36 +144,45 @@ class TrtRuntime:
         return outputs
 
     def profile(self, inputs: Arrays, runs: int) -> tuple[OperatorTime, ...]:
-        """Times of the engine's layers; their sum exceeds the latency, for each is timed by itself.
+        """Median times of the engine's layers; their sum exceeds the latency, for each is timed by itself.
+
+        Layers that TensorRT does not time, and all where `runs` is 0, have 0.
 
         Raises:
             RuntimeFailure: see `run`.
         """
+        timed = self._timed(inputs, runs) if runs else []
+        names = dict.fromkeys(name for run in timed for name in run)
+        spent = {name: median(run.get(name, 0.0) for run in timed) for name in names}
+        layers = [(layer, spent.pop(layer.name, 0.0)) for layer in self._layers]
+        layers += [(EngineLayer(name, "unknown"), time_ms) for name, time_ms in spent.items()]
+        return tuple(
+            OperatorTime(layer.name, layer.kind or "unknown", layer.precision or "unknown", time_ms, layer.origins)
+            for layer, time_ms in layers
+        )
+
+    def _timed(self, inputs: Arrays, runs: int) -> list[dict[str, float]]:
+        """What each layer took in each run, in ms."""
         trt = self._loaded()
         for _ in range(WARM_UP):
             self.run(inputs)
-        spent: dict[str, float] = {}
+        timed: list[dict[str, float]] = []
 
         class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]  # the class is known only when the library is
             def __init__(self) -> None:
                 trt.IProfiler.__init__(self)
 
             def report_layer_time(self, layer_name: str, ms: float) -> None:
-                spent[layer_name] = spent.get(layer_name, 0.0) + ms
+                timed[-1][layer_name] = timed[-1].get(layer_name, 0.0) + ms
 
         self._context.profiler = Profiler()
         try:
             for _ in range(runs):
+                timed.append({})
                 self.run(inputs)
         finally:
             self._context.profiler = None
-        known = {layer.name: layer for layer in self._layers}
-        unknown = Layer("", "unknown", "unknown", ())
-        return tuple(
-            OperatorTime(name, layer.kind, layer.precision, time_ms / runs, layer.origins)
-            for name, time_ms in spent.items()
-            for layer in (known.get(name, unknown),)
-        )
+        return timed
 
     def close(self) -> None:
         """Drop context and engine, then the memory they used."""
@@ -275,7 +265,7 @@ def _deserialise(libraries: list[Any], data: bytes, path: Path) -> tuple[Any, An
             reader = trt.Runtime(Listener(trt, messages))
             engine = reader.deserialize_cuda_engine(data)
         except Exception as error:  # pybind reports a failed constructor as a TypeError
-            engine, messages = None, [*messages, f"{type(error).__name__}: {error}".splitlines()[0]]
+            engine, messages = None, [*messages, f"{type(error).__name__}: {first_line(error)}"]
         if engine is not None:
             return trt, reader, engine
         answers.append(f"{trt.__name__} {trt.__version__}: {(messages or ['no reason given'])[0]}")
@@ -285,30 +275,18 @@ def _deserialise(libraries: list[Any], data: bytes, path: Path) -> tuple[Any, An
     )
 
 
-def _layers(engine: Any, trt: Any) -> tuple[Layer, ...]:
+def _layers(engine: Any, trt: Any) -> tuple[EngineLayer, ...]:
     """The engine's layers as its inspector describes them; none where it was built without the details."""
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return read_layers(text)
 
 
-def read_layers(text: str) -> tuple[Layer, ...]:
-    """Layers from the inspector's JSON, whose keys differ in case and form between TensorRT 8, 10 and 11."""
+def read_layers(text: str) -> tuple[EngineLayer, ...]:
+    """Layers from the inspector's JSON; a stranger's engine may tell anything."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, strict=False)  # names and metadata hold control characters as they are
     except (ValueError, RecursionError):
         return ()
-    rows = _folded(found).get("layers", []) if isinstance(found, dict) else []
-    return tuple(_layer(_folded(row)) for row in rows if isinstance(row, dict)) if isinstance(rows, list) else ()
-
-
-def _layer(row: dict[str, Any]) -> Layer:
-    operands = row.get("inputs") or row.get("outputs") or []
-    first = _folded(operands[0]) if isinstance(operands, list) and operands and isinstance(operands[0], dict) else {}
-    said = next((str(value) for key, value in first.items() if "datatype" in key), "")
-    precision = next((name for word, name in PRECISIONS if word.lower() in said.lower()), "unknown")
-    origins = tuple(dict.fromkeys(ORIGIN.findall(str(row.get("metadata", "")))))
-    return Layer(str(row.get("name", "")), str(row.get("layertype", "unknown")), precision, origins)
-
-
-def _folded(row: dict[str, Any]) -> dict[str, Any]:
-    return {str(key).replace(" ", "").lower(): value for key, value in row.items()}
+    keys = {key.lower(): value for key, value in found.items()} if isinstance(found, dict) else {}
+    rows = keys.get("layers")
+    return tuple(read_layer(row) for row in rows if isinstance(row, dict)) if isinstance(rows, list) else ()

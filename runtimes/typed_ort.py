@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from edgevit.contracts import Arrays
-from edgevit.errors import RuntimeFailure
+from edgevit.errors import RuntimeFailure, first_line
 from edgevit.specs import NoOptions, OperatorTime
 
-from .ort import OrtRuntime, first_line
+from .ort import OrtRuntime
 
 PRECISIONS = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

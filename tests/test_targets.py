@@ -128,6 +128,59 @@ def test_an_option_that_the_runtime_does_not_have_is_refused(tiny: Any) -> None:
         session_of(artifact, RunOn("ort", options={"device": "GPU"}))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--gpu", ""), "option gpu=: expected at least one value"),
+        (("--gpu", "sm89", "--option", "gpu=sm86"), "--option gpu: given 2 times"),
+        (("--gpu", "sm12"), "unknown GPU"),
+        (("--option", "oldest=8.4"), "option oldest=8.4: expected 8.5 or 8.6 or 10.0"),
+    ],
+)
+def test_a_gpu_or_version_that_makes_no_sense_is_refused_at_once(
+    cli: Any, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    told = cli("export", "mobileformer_26m", "--to", "tensorrt", *words, "--out", tmp_path / "out")
+    assert told.code == 2 and message.lower() in told.message.lower()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_keeps_no_absolute_path_of_the_command(cli: Any, tiny: Any, tmp_path: Path) -> None:
+    weights = tiny.checkpoint(tmp_path / "w.pth")
+    told = cli("export", "tiny", "--to", "onnx", "--weights", weights, "--out", tiny.out, "--num-classes", "10")
+    assert told.code == 0, told.err
+    manifest = json.loads((tiny.out / "tiny-onnx-fp32" / MANIFEST).read_text())
+    assert manifest["command"] == "edgevit export tiny --to onnx --weights w.pth --out out --num-classes 10"
+    assert str(tmp_path) not in json.dumps(manifest)
+
+
+# ---- several sizes
+
+
+@pytest.fixture(scope="module")
+def two_sizes(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """26M in float16 for TensorRT at two sizes, which share a weight file."""
+    out = tmp_path_factory.mktemp("two")
+    return api.export_model("mobileformer_26m", "tensorrt", precision="fp16", image_size=[(64, 64), (96, 64)], out=out)
+
+
+def test_float16_that_the_processor_computes_in_float32_is_refused(two_sizes: Any) -> None:
+    for verb in (
+        lambda: api.profile(two_sizes.path, runtime="ort", threads=1, runs=1),
+        lambda: api.benchmark([two_sizes], runtime="ort", threads=1, duration_s=0.01, loads=1),
+    ):
+        with pytest.raises(RuntimeFailure, match=r"products ran .* in fp32.*asked for fp16"):
+            verb()
+
+
+def test_several_sizes_are_profiled_one_by_one(tmp_path: Path) -> None:
+    artifact = api.export_model("mobileformer_26m", "onnx", image_size=[(64, 64), (96, 64)], out=tmp_path)
+    for size in artifact.image_sizes:
+        document = api.profile(artifact.path, image_size=size, threads=1, runs=1)
+        assert document["coverage"] == pytest.approx(1.0)
+        assert [share["precision"] for share in document["by_precision"] if share["macs"]] == ["fp32"]
+
+
 # ---- pixels
 
 

@@ -150,8 +150,9 @@ def _race(
             yield contestants
 
     report = measure_loads(load_all, loads, settings, progress=progress)
+    unsure = [f"{name}: {told['verdict']}" for name, told in attested.items() if told["as_asked"] is None]
     results = tuple(
         dataclasses.replace(r, effective_precision=precisions[r.name], attestation=attested[r.name])
         for r in report.results
     )
-    return dataclasses.replace(report, results=results)
+    return dataclasses.replace(report, results=results, warnings=(*report.warnings, *unsure))

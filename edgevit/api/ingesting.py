@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,8 @@ from edgevit.artifact import Artifact, load_artifact
 from edgevit.errors import InputError, RuntimeFailure, UsageError
 from edgevit.manifest import MANIFEST
 from edgevit.specs import MAX_BATCH
+
+from .profiling import declared_fp32
 
 if TYPE_CHECKING:
     from edgevit.bench.ingest import Run
@@ -108,7 +110,7 @@ def _attested(run: Run, result: Mapping[str, Any], artifact: Artifact) -> dict[s
     graphs = {record["onnx_sha256"] for record in records if "onnx_sha256" in record}
     if graphs - {entry["sha256"] for entry in manifest["files"]}:
         raise InputError(f"{run.place}: was built from another model.onnx than that of {artifact.path}")
-    asked, actual = manifest["precision"], precision_of(run, _islands(manifest["choices"]))
+    asked, actual = manifest["precision"], precision_of(run, declared_fp32(manifest["choices"]))
     if actual is not None and actual != asked:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in result["precision_share"]["products"].items())
         raise RuntimeFailure(
@@ -123,11 +125,3 @@ def _attested(run: Run, result: Mapping[str, Any], artifact: Artifact) -> dict[s
         "effective_precision": actual,
         "random_weights": artifact.random_weights,
     }
-
-
-def _islands(choices: Mapping[str, Any]) -> Collection[str]:
-    """The graph nodes that the export kept in float32 because float16 cannot hold them."""
-    kept = choices.get("kept_fp32")
-    entries = kept if isinstance(kept, list) else []
-    names = [entry.get("node") if isinstance(entry, dict) else entry for entry in entries]
-    return {name for name in names if isinstance(name, str)}

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgevit import registry
 from edgevit.artifact import Artifact
 from edgevit.contracts import Arrays
 from edgevit.errors import RuntimeFailure, UsageError
@@ -33,8 +34,8 @@ def profile(
     """Which precision each executed operator ran in and what it took, as the runtime itself reports it.
 
     Times are medians over `runs` in ms for one inference, on the artifact's sample; operators that the runtime does not
-    time have 0. MACs are those of the graph nodes that an operator stands for; `coverage` says how much of the
-    artifact's own count was found again.
+    time have 0, and all of an interpreter's, whose time is no device's. MACs are those of the graph nodes that an
+    operator stands for; `coverage` says how much of the artifact's own count was found again.
 
     Raises:
         ArtifactError, UsageError. RuntimeFailure: the products ran in another precision than the one asked for, or the
@@ -47,6 +48,8 @@ def profile(
         session.require_precision(artifact.path)
         feed = {"image": artifact.sample("input")}
         session.run(feed)  # checks the input, which goes to the runtime itself then
+        if registry.RUNTIMES[session.runtime.name].emulates:
+            runs = 0  # an interpreter's own times would be taken for the device's
         operators, attestation = _judged(session, artifact, feed, artifact.model_file, runs)
         described, effective = session.runtime.describe(), session.runtime.effective_precision
     _require(attestation, artifact.path)
@@ -101,13 +104,15 @@ def _judged(
         operators = attestation.with_macs(operators, macs)
         total = sum(macs.values()) if total is None else total
     asked = session.runtime.asked_precision
-    return operators, attestation.attest(operators, asked, total, _declared(artifact))
+    return operators, attestation.attest(operators, asked, total, declared_fp32(artifact.manifest["choices"]))
 
 
-def _declared(artifact: Artifact) -> set[str]:
-    """The nodes that the export kept in float32 on purpose."""
-    kept = artifact.manifest["choices"].get("kept_fp32", [])
-    return {str(entry.get("node")) for entry in kept if isinstance(entry, dict)} if isinstance(kept, list) else set()
+def declared_fp32(choices: Mapping[str, Any]) -> set[str]:
+    """The graph nodes that the export kept in float32 because float16 cannot hold them."""
+    kept = choices.get("kept_fp32")
+    entries = kept if isinstance(kept, list) else []
+    names = [entry.get("node") if isinstance(entry, dict) else entry for entry in entries]
+    return {name for name in names if isinstance(name, str)}
 
 
 def _require(attestation: Attestation, where: Path) -> None:

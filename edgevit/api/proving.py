@@ -30,13 +30,13 @@ def prove(module: Any, image: ImageSpec, spec: ExportSpec, built: Built, checker
         images = images[np.arange(spec.batch) % len(images)]
     fed = inputs.as_values(images, image, built.inputs[0].values)
     runtime = open_runtime(checker, stage / built.checked_file, spec.precision, RunOn())
-    expected, parity = _compare(module, (images, fed), spec.batch, spec.precision, runtime)
+    expected, parity, problem = _compare(module, (images, fed), spec.batch, spec.precision, runtime)
     if not parity.passed:
         raise ParityError(
             f"{spec.model} at {size_text(images.shape[2:])} on {checker}: not equal to the reference: "
-            f"max abs {parity.max_abs:.2e} (limit {parity.max_abs_limit:.0e}), cosine {parity.cosine:.6f} "
+            f"max abs {parity.max_abs:.2e} (limit {parity.max_abs_limit:.2g}), cosine {parity.cosine:.6f} "
             f"(limit {parity.cosine_limit}), top-1 agreement {parity.top1_agreement}; nothing was written; "
-            "please report the model and its options"
+            + (problem or "please report the model and its options")
         )
     sample = stage / at
     sample.mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,11 @@ def prove(module: Any, image: ImageSpec, spec: ExportSpec, built: Built, checker
 
 def _compare(
     module: Any, pictures: tuple[NDArray[Any], NDArray[Any]], batch: Batch, precision: str, runtime: Runtime
-) -> tuple[dict[str, NDArray[Any]], Parity]:
-    """The reference's outputs for pictures (n, 3, h, w), normalised and as `runtime` takes them; how far it is off."""
+) -> tuple[dict[str, NDArray[Any]], Parity, str]:
+    """The reference's outputs for pictures (n, 3, h, w), normalised and as `runtime` takes them; how far it is off.
+
+    Last comes what an interpreter saw go wrong first inside, if it did.
+    """
     from edgevit.export.verify import compare_outputs
 
     images, fed = pictures
@@ -58,7 +61,8 @@ def _compare(
     with Session(runtime) as session:
         session.require_precision(Path(runtime.name))
         actual = session.run_all(fed, batch)
-    return expected, compare_outputs(expected, actual, precision, runtime.name)
+        problem = getattr(runtime, "first_problem", None)
+    return expected, compare_outputs(expected, actual, precision, runtime.name), str(problem or "")
 
 
 def verify(path: str | Path, weights: str | Path | None = None) -> dict[str, Any]:
@@ -101,14 +105,14 @@ def _against_reference(artifact: Artifact, module: Any, card: ModelCard, where: 
     images = inputs.load_images(inputs.photographs(), card.image, artifact.image_size)
     runtime = session_of(artifact, RunOn()).runtime
     pictures = images, as_fed(artifact, images)
-    _, parity = _compare(module, pictures, manifest["batch"], manifest["precision"], runtime)
+    _, parity, _ = _compare(module, pictures, manifest["batch"], manifest["precision"], runtime)
     return _passed(parity, where, "reference")
 
 
 def _passed(parity: Parity, where: str, against: str) -> Parity:
     if not parity.passed:
         raise ParityError(
-            f"{where}: not equal to its {against}: max abs {parity.max_abs:.2e} (limit {parity.max_abs_limit:.0e}), "
+            f"{where}: not equal to its {against}: max abs {parity.max_abs:.2e} (limit {parity.max_abs_limit:.2g}), "
             f"cosine {parity.cosine:.6f}, top-1 agreement {parity.top1_agreement}; export the model again"
         )
     return parity

@@ -129,6 +129,7 @@ def predict(
     return {
         "artifact": str(path),
         "runtime": session.runtime.name,
+        "target_runtime": registry.exporter(artifact.manifest["target"]).runtime,
         "random_weights": artifact.random_weights,
         "predictions": [
             {"image": str(image), "top": top_classes(row, names, top)}

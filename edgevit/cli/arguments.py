@@ -76,4 +76,8 @@ def _pairs(pairs: list[str] | None, flag: str, example: str) -> dict[str, str]:
     for pair in pairs or []:
         if "=" not in pair:
             raise UsageError(f"{flag} {pair!r}: expected KEY=VALUE, e.g. {example}")
+    keys = [pair.split("=", 1)[0] for pair in pairs or []]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{flag} {twice}: given {keys.count(twice)} times; give it once, several values as A,B")
     return dict(pair.split("=", 1) for pair in pairs or [])

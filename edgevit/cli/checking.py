@@ -57,7 +57,7 @@ def profile(
     threads: Threads = None,
     runtime: Runtime = None,
     runtime_option: RuntimeOptions = None,
-    runs: Annotated[int, typer.Option(min=1, help="Inferences that are averaged.")] = 20,
+    runs: Annotated[int, typer.Option(min=1, help="Inferences, of which the median is taken.")] = 20,
     as_json: Json = False,
 ) -> None:
     """Which precision each operator really ran in, and where the time goes, as the runtime itself reports it."""
@@ -85,7 +85,7 @@ def _show_profile(out: Console, document: dict[str, Any]) -> None:
     for row in document["by_precision"]:
         shares = f"{_percent(row['macs_share'])} of the MACs, {_percent(row['time_share'])} of the time"
         out.print(f"{row['precision']}: {shares}")
-    out.print(plain(document["verdict"]))
+    out.print(plain(f"{document['verdict']} ({document['runtime']['runtime']})"))
 
 
 def _percent(share: float | None) -> str:

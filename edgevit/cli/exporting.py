@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def export(
     """Export a model to a target, prove it equal to the reference, write the artifact."""
     from edgevit import api
 
-    options = parse_options(option) | ({"gpu": ",".join(gpu)} if gpu else {})
+    options = parse_options([*(option or []), *([f"gpu={','.join(gpu)}"] if gpu else [])])
     with progress_bar() as progress:
         artifact = api.export_model(
             model,
@@ -67,12 +68,17 @@ def export(
             out=out,
             force=force,
             seed=seed,
-            command=shlex.join(["edgevit", *sys.argv[1:]]),
+            command=_command(),
             progress=progress,
         )
     document = {"artifact": str(artifact.path)}
     document |= {key: artifact.manifest[key] for key in KEPT if key in artifact.manifest}
     emit(document, as_json, lambda console: _show_export(console, document))
+
+
+def _command() -> str:
+    """What was typed, of absolute paths their last part: where files lay is the exporting machine's affair."""
+    return shlex.join(["edgevit", *(re.sub(r"(^|=)/(?:[^/]*/)*", r"\1", word) for word in sys.argv[1:])])
 
 
 def _show_export(out: Console, document: dict[str, Any]) -> None:
@@ -122,7 +128,7 @@ def _parity_line(parity: dict[str, Any], against: str) -> str:
     verdict = "equal" if parity["passed"] else "NOT equal"
     return (
         f"parity      {verdict} to the {against} on {parity['inputs']} picture(s): "
-        f"max abs {parity['max_abs']:.1e} (limit {parity['max_abs_limit']:.0e}), cosine {parity['cosine']:.7f}{top1}"
+        f"max abs {parity['max_abs']:.1e} (limit {parity['max_abs_limit']:.2g}), cosine {parity['cosine']:.7f}{top1}"
     )
 
 

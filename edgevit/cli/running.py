@@ -53,6 +53,8 @@ def run(
             for row in prediction["top"]:
                 table.add_row(str(row["class"]), plain(row["label"]), f"{row['probability']:.2%}")
             out.print(table)
+        if document["runtime"] != document["target_runtime"]:
+            out.print(f"computed by {document['runtime']}, in place of {document['target_runtime']}")
         if document["random_weights"]:
             out.print("the weights are random: these predictions mean nothing")
 

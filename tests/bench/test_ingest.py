@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgevit.bench.ingest import Run, precision_of, read_directory, read_run, result_of
-from edgevit.bench.trtexec_json import Layers, read_json, type_of
+from edgevit.bench.trtexec_json import Layers, read_json
 from edgevit.bench.trtexec_log import read_log, version_text
 from edgevit.errors import InputError, RuntimeFailure
 
@@ -226,21 +226,6 @@ def test_names_alone_tell_no_precision(save: Save) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "precision"),
-    [
-        (FP32, "fp32"), (FP16, "fp16"), (INT8, "int8"), ("Float", "fp32"), ("Half", "fp16"), ("BFloat16", "bf16"),
-        ("BF16", "bf16"), ("Row major linear BF16 format", "bf16"), ("Int8", "int8"), ("FP8", "fp8"), ("INT4", "int4"),
-        ("Channel major FP16 format where channel % 8 == 0", "fp16"), ("Int32", None), ("Row major INT64 format", None),
-        ("UInt8", None), ("Bool", None), ("N/A due to dynamic shapes", None), ("", None), (None, None), (7, None),
-        ({"a": 1}, None),
-    ],
-)  # fmt: skip
-def test_a_type_is_read_from_every_spelling(text: Any, precision: str | None) -> None:
-    assert type_of({"format/datatype": text}) == precision
-    assert type_of({"datatype": text, "format": "Row major linear"}) == precision
-
-
-@pytest.mark.parametrize(
     ("rows", "precision"),
     [
         ([layer("a"), layer("b")], "fp16"),
@@ -251,6 +236,7 @@ def test_a_type_is_read_from_every_spelling(text: Any, precision: str | None) ->
         ([layer("norm", "kgen", FP32, FP32), layer("a")], "fp16"),
         ([layer("a", "Reformat", FP32)], None),
         ([layer("{ForeignNode[a...b]}", "Myelin", FP32, FP32)], None),
+        ([layer("{ForeignNode[a...b]}", "Myelin", FP32, FP32), layer("a")], None),
         ([layer("a", into="N/A due to dynamic shapes", out="N/A due to dynamic shapes")], None),
         ([layer("convert", "Cast", FP32)], None),
         ([layer("/conv/Add_to_norm", "kgen", FP32), layer("a")], "fp16"),

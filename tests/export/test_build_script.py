@@ -436,6 +436,21 @@ def test_a_changed_or_missing_model_is_not_built(bench: Bench) -> None:
     assert bench.left() == []
 
 
+@pytest.mark.parametrize("name", ["weights.bin", "model.onnx.data"])
+def test_weights_in_another_file_are_checked_too(bench: Bench, name: str) -> None:
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    weights = bench.folder / name
+    weights.write_bytes(b"weights")
+    bench.write()
+    assert bench.run("--build-only").returncode == 0
+    weights.write_bytes(b"others")
+    told = bench.run("--build-only")
+    assert told.returncode == 5 and f"{name}: changed since it was exported" in told.stderr
+    weights.unlink()
+    told = bench.run("--build-only")
+    assert told.returncode == 5 and f"{name}: missing; copy the whole artifact directory" in told.stderr
+
+
 def test_building_and_timing_can_be_done_apart(bench: Bench) -> None:
     bench.write()
 

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import parser
 
+from edgevit.engine_layers import read_lines
 from edgevit.errors import ExportError, MissingDependencyError, UnknownNameError, UsageError
 from edgevit.export import engine, engine_worker
 
@@ -113,7 +114,7 @@ def test_python_files_beside_the_model_are_not_run(file: Path) -> None:
 
 @REAL
 def test_the_parser_finds_nothing_in_a_good_graph() -> None:
-    assert engine.has_parser() and engine.parser_version()[0].isdigit()
+    assert engine.parser_version()[0].isdigit()
     assert engine.ask_parser(model().SerializeToString()) == ()
 
 
@@ -150,7 +151,6 @@ def test_a_file_that_names_another_one_does_not_get_it_read(tmp_path: Path) -> N
 
 def test_without_the_package_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.util, "find_spec", lambda name: None)
-    assert not engine.has_parser()
     for ask in (lambda: engine.ask_parser(b""), engine.known_gpus, lambda: engine.check_gpus(("sm89",))):
         with pytest.raises(MissingDependencyError, match=r"tensorrt-rtx.*: pip install 'edgevit\[tensorrt\]'"):
             ask()
@@ -271,7 +271,7 @@ I/O Tensors:
 
 
 def test_layers_are_counted_by_the_precision_of_their_products() -> None:
-    assert engine_worker.summary(LAYERS) == {
+    assert engine.summary(read_lines(LAYERS)) == {
         "count": 4,
         "products": {"bf16": 1, "fp16": 1, "fp32": 1},
         "fused_attentions": 1,

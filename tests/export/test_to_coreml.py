@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from edgevit import api, inputs
+from edgevit.bench.attestation import Attestation, attest
 from edgevit.bench.complexity import count_onnx
 from edgevit.contracts import Built
-from edgevit.errors import ExportError, InputError, UnknownNameError, UsageError
+from edgevit.errors import EdgevitError, ExportError, InputError, UnknownNameError, UsageError
 from edgevit.export import to_coreml
 from edgevit.export.mil_pixels import scaled_input
 from edgevit.export.to_coreml import CoremlExporter, CoremlOptions
@@ -224,7 +225,7 @@ def test_labels_make_a_classifier_whose_logits_stay(tmp_path: Path) -> None:
     names = ["tench", "goldfish", "great white shark", "tiger shark", "hammerhead"]
     (tmp_path / "labels.txt").write_text("\n".join(names))
     model = Tiny()
-    labels = str(tmp_path / "labels.txt")
+    labels = tmp_path / "labels.txt"
     built = exported(model, tmp_path / "out", {"precision": "fp16"}, labels=labels, input="image")
     assert [spec.name for spec in built.outputs] == ["logits"]
     runtime = interpreter(tmp_path / "out", built, "fp16")
@@ -240,8 +241,66 @@ def test_labels_make_a_classifier_whose_logits_stay(tmp_path: Path) -> None:
 def test_operators_kept_in_float32(tmp_path: Path) -> None:
     built = exported(Tiny(), tmp_path, {"precision": "fp16"}, keep_fp32=("linear",))
     runtime = interpreter(tmp_path, built, "fp16")
-    assert runtime.effective_precision == runtime.asked_precision == "fp16+fp32"
+    assert runtime.effective_precision == runtime.asked_precision == "fp16"
     assert built.choices["keep_fp32"] == ["linear"]
+    assert built.notes == ()  # it was asked for
+    assert [(kept["type"], kept["why"]) for kept in built.choices["kept_fp32"]] == [("linear", "asked for")]
+    attested = attested_of(runtime, built)
+    assert attested.as_asked, attested.verdict
+    assert {share.precision for share in attested.by_precision if share.macs} == {"fp16", "fp32"}
+    undeclared = attest(runtime.profile({"image": pictures(1)}, 0), "fp16", None)
+    assert [other.kind for other in undeclared.others] == ["linear"]
+
+
+def attested_of(runtime: MilReference, built: Built) -> Attestation:
+    """What `profile` judges by, with what the export declares."""
+    declared = {kept["node"] for kept in built.choices["kept_fp32"]}
+    total = count_onnx(built.graph).macs
+    return attest(runtime.profile({"image": pictures(1)}, 0), runtime.asked_precision, total, declared)
+
+
+def test_a_weight_beyond_float16_is_listed_and_noted(tmp_path: Path) -> None:
+    """coremltools keeps such an operator in float32 by itself and does not tell."""
+    model = Tiny()
+    model.head.weight[0, 0] = 1e5
+    built = exported(model, tmp_path, {"precision": "fp16"})
+    ((node, kind, why),) = [tuple(kept.values()) for kept in built.choices["kept_fp32"]]
+    assert (kind, why) == ("linear", "constant beyond float16")
+    (note,) = built.notes
+    assert f"1 (linear {node})" in note
+    assert "leave the Neural Engine" in note
+    assert attested_of(interpreter(tmp_path, built, "fp16"), built).as_asked
+
+
+def test_an_fp16_export_without_a_product_in_fp16_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"option keep_fp32=linear,conv: leaves no product in fp16; keep fewer"):
+        exported(Tiny(), tmp_path, {"precision": "fp16"}, keep_fp32=("linear", "conv"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_of_another_network_are_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "labels.txt").write_text("one\ntwo")
+    monkeypatch.setattr(to_coreml, "deploy", None)  # whoever comes so far fails otherwise
+    with pytest.raises(InputError, match="2 names, expected 5 class names"):
+        exported(Tiny(), tmp_path / "out", labels=tmp_path / "labels.txt")
+
+
+@pytest.mark.slow
+def test_following_the_advice_once_is_enough(tmp_path: Path) -> None:
+    """One BatchNorm of a real network overflows: parity fails with the operators to keep, and they are all."""
+    model = load_model("mobileformer_26m", None).module
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms[3].weight.data.fill_(3e5)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    given: Any = {"weights": tmp_path / "weights.pth", "precision": "fp16", "image_size": (64, 64)}
+    with pytest.raises(EdgevitError, match=r"keep_fp32=[a-z_,0-9]+ or") as caught:
+        api.export_model("mobileformer_26m", "coreml", **given, out=tmp_path / "one")
+    kept = str(caught.value).split("keep_fp32=")[1].split(" ")[0]
+    artifact = api.export_model(
+        "mobileformer_26m", "coreml", **given, options={"keep_fp32": kept}, out=tmp_path / "two"
+    )
+    assert artifact.manifest["parity"]["passed"]
+    assert api.profile(artifact.path, runs=1)["effective_precision"] == "fp16"
 
 
 def test_an_overflow_of_an_export_is_named_with_what_helps(tmp_path: Path) -> None:
@@ -252,7 +311,9 @@ def test_an_overflow_of_an_export_is_named_with_what_helps(tmp_path: Path) -> No
     model.head.weight.mul_(1e5)
     x = pictures(1)
     built = exported(model, tmp_path / "half", {"precision": "fp16"})
-    with pytest.raises(RuntimeFailure, match=r"first linear '.*' in fp16 .*--option keep_fp32=linear") as caught:
+    with pytest.raises(
+        RuntimeFailure, match=r"first linear '.*' in fp.*export with --option keep_fp32=linear or"
+    ) as caught:
         interpreter(tmp_path / "half", built, "fp16").run({"image": x})
     assert "\n" not in str(caught.value)
 
@@ -267,9 +328,18 @@ def test_an_overflow_of_an_export_is_named_with_what_helps(tmp_path: Path) -> No
         ({}, {"keep_fp32": ("linear",)}, UsageError, "add --precision fp16"),
         ({"batch": 2}, {"input": "image"}, UsageError, "one picture at a time; use batch 1"),
         ({"batch": "dynamic"}, {"input": "image"}, UsageError, "use batch 1"),
-        ({"batch": 2}, {"labels": "x"}, UsageError, "one class at a time; use batch 1"),
-        ({"features_only": True}, {"labels": "x"}, UsageError, "features have no classes"),
-        ({}, {"labels": "nowhere.txt"}, InputError, "nowhere.txt: no such file"),
+        ({"batch": 2}, {"labels": Path("x")}, UsageError, "one class at a time; use batch 1"),
+        ({"features_only": True}, {"labels": Path("x")}, UsageError, "features have no classes"),
+        ({}, {"labels": Path("nowhere.txt")}, InputError, "nowhere.txt: no such file"),
+        *(
+            (
+                {"precision": "fp16"},
+                {"keep_fp32": (name,)},
+                UsageError,
+                f"keep_fp32: {name} computes nothing that could",
+            )
+            for name in ("const", "cond", "_const_symbolic", "cast", "constexpr_cast")
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_file(
@@ -378,7 +448,7 @@ def test_importing_the_exporter_and_the_interpreter_prints_nothing(started: Call
 def test_the_plain_conversion_is_the_same_function(tmp_path: Path) -> None:
     """The baseline of `bench --vs naive`, under whatever name it is asked for."""
     model = Tiny()
-    spec = ExportSpec("small", "coreml", image_size=(32, 32))
+    spec = ExportSpec("small", "coreml", image_size=(32, 32), settings=CoremlOptions())
     CoremlExporter().export_naive(model, CARD, spec, tmp_path / "naive.mlpackage")
     runtime = MilReference(tmp_path / "naive.mlpackage")
     runtime.load()

@@ -65,7 +65,17 @@ def test_mobile_former_equals_its_reference_at_any_batch(batch: Any, shop: Any, 
         assert error(model, tmp_path / built.model_file, (pictures, 3, 64, 96)) < EXACT
     assert built.inputs[0].shape[1:] == (3, 64, 96)
     assert built.inputs[0].layout == "NCHW"
-    assert isinstance(built.inputs[0].shape[0], str) == (batch == "dynamic")
+    expected = "batch" if batch == "dynamic" else batch
+    assert [spec.shape[0] for spec in (*built.inputs, *built.outputs)] == [expected] * 2
+
+
+def test_the_reason_for_dense_convolutions_is_a_measurement_of_that_model_or_none(shop: Any, tmp_path: Path) -> None:
+    model = shop.network("vit").float()
+    (built,) = exported(model, tmp_path)
+    assert built.choices["why"] == "no grouped convolutions measured for this model"
+    raced, spec = dataclasses.replace(CARD, name="mobileformer_26m"), ExportSpec("vit", "openvino", image_size=(64, 64))
+    (built,) = OpenvinoExporter().export(model, raced, [spec], tmp_path)
+    assert built.choices["pointwise"] == "dense" and built.choices["why"].startswith("measured 2026-11-20: grouped")
 
 
 def test_float16_halves_the_weights_and_stays_near(shop: Any, tmp_path: Path) -> None:

@@ -103,6 +103,15 @@ def test_what_is_not_finite_fails(value: float, where: str) -> None:
     assert not np.isnan(parity.max_abs)  # the manifest's JSON has no NaN, and a message should not say nan
 
 
+def test_one_picture_of_four_that_is_wrong_is_seen() -> None:
+    good = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32) * np.array([[100], [100], [100], [0.01]])
+    bad = good.copy()
+    bad[3] *= -1
+    assert cosine(good, bad) > COSINE
+    parity = compare(good.astype(np.float32), bad.astype(np.float32))
+    assert not parity.passed and parity.cosine == pytest.approx(-1.0)
+
+
 def test_a_cosine_of_what_is_not_finite_is_the_worst_there_is() -> None:
     assert cosine(logits([1.0, np.nan]), logits([1.0, 1.0])) == -1.0
 

@@ -115,6 +115,7 @@ def _mac(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_elsewhere_it_says_that_it_needs_a_mac(monkeypatch: pytest.MonkeyPatch, packages: dict[str, Path]) -> None:
     monkeypatch.setattr(coreml.platform, "system", lambda: "Linux")
     assert "Core ML runs on macOS only, this is Linux: " in str(CoremlRuntime.obstacle())
+    assert "mil_reference" not in str(CoremlRuntime.obstacle())  # bench would refuse it
     with pytest.raises(RuntimeFailure, match="copy the artifact to a Mac"):
         CoremlRuntime(packages["array"]).load()
 
@@ -173,6 +174,9 @@ def test_the_compute_plan_gives_devices_and_shares(packages: dict[str, Path]) ->
     ]  # fmt: skip
     assert rows[0].time_ms == pytest.approx(3 * rows[1].time_ms)
     assert len(Model.made[0].fed) == 6  # one to prepare, five timed
+    untimed = runtime.profile({"image": np.zeros((1, 4), np.float32)}, 0)
+    assert [(row.name, row.time_ms) for row in untimed] == [(row.name, 0.0) for row in rows]
+    assert len(Model.made[0].fed) == 6
 
 
 @pytest.mark.usefixtures("_mac")
@@ -189,5 +193,8 @@ def test_what_core_ml_raises_becomes_one_line(packages: dict[str, Path], monkeyp
     with pytest.raises(RuntimeFailure, match=r"no compute plan: .*; it needs macOS 14.4 or later"):
         runtime.describe()
     monkeypatch.setattr(coreml.ct.models, "MLModel", broken)
+    refused = CoremlRuntime(packages["array"])
     with pytest.raises(RuntimeFailure, match=r"Core ML cannot load it: Error compiling model$"):
-        CoremlRuntime(packages["array"]).load()
+        refused.load()
+    with pytest.raises(RuntimeFailure, match="the Core ML model is not loaded"):
+        refused.run({"image": np.zeros((1, 4), np.float32)})

@@ -105,6 +105,50 @@ def test_a_planted_overflow_is_found_and_named(save: Save) -> None:
     assert "square" in runtime.describe()["first_problem"]
 
 
+def test_the_first_problem_is_kept_over_runs_until_the_close(save: Save) -> None:
+    """A parity check runs several batches and asks afterwards."""
+    runtime = loaded(save(lambda x: mb.minimum(x=mb.square(x=x), y=np.float32(9)), (1, 4), HALF), "fp16")
+    runtime.run({"x": np.full((1, 4), 300, np.float32)})
+    first = runtime.first_problem
+    assert first is not None
+    runtime.run({"x": np.ones((1, 4), np.float32)})
+    runtime.run({"x": np.full((1, 4), 400, np.float32)})
+    assert runtime.first_problem == first
+    assert str(first).startswith("square ")
+    assert str(first).endswith(
+        "reading values up to 300; export with --option keep_fp32=square,minimum or --precision fp32"
+    )
+    runtime.close()
+    assert runtime.first_problem is None
+
+
+def test_an_overflow_in_a_cast_is_that_of_what_made_the_value(save: Save) -> None:
+    """Nobody can keep a cast in float32; what is float32 already has to stay in the list."""
+
+    def body(x: Any) -> Any:
+        x = mb.square(x=mb.mul(x=mb.exp(x=x), y=np.float32(1)), name="big")
+        return mb.sub(x=mb.sqrt(x=mb.relu(x=x)), y=np.float32(1))
+
+    half = ct.transform.FP16ComputePrecision(lambda op: op.op_type not in ("exp", "square"))
+    runtime = loaded(save(body, (1, 4), half), "fp16")
+    with pytest.raises(
+        RuntimeFailure, match=r"first square 'big' in fp32 makes what overflows in a cast to fp16, "
+    ) as e:
+        runtime.run({"x": np.full((1, 4), 6, np.float32)})
+    advice = str(e.value).split("keep_fp32=")[1].split(" ")[0]
+    assert advice == "exp,square,relu,sqrt"
+    half = ct.transform.FP16ComputePrecision(lambda op: op.op_type not in advice.split(","))
+    once = only(loaded(save(body, (1, 4), half), "fp16").run({"x": np.full((1, 4), 6, np.float32)}))
+    assert once == pytest.approx(np.full((1, 4), np.exp(6) - 1), rel=1e-3)
+
+
+def test_where_every_product_would_have_to_stay_float32_is_the_advice(save: Save) -> None:
+    weight = np.full((1, 4), 60000, np.float32)
+    runtime = loaded(save(lambda x: mb.linear(x=x, weight=weight), (1, 4), HALF), "fp16")
+    with pytest.raises(RuntimeFailure, match=r"linear .* up to 6e\+04; export with --precision fp32$"):
+        runtime.run({"x": np.full((1, 4), 9, np.float32)})
+
+
 def test_the_same_program_in_float32_overflows_nowhere(save: Save) -> None:
     runtime = loaded(save(planted, (1, 4), FULL))
     np.testing.assert_allclose(only(runtime.run({"x": np.full((1, 4), 3, np.float32)})), 299.0)
@@ -145,7 +189,7 @@ def test_an_infinite_mask_inside_is_no_failure(save: Save) -> None:
 
 @pytest.mark.parametrize(
     ("kept", "effective", "asked"),
-    [((), "fp16", "fp16"), (("linear",), "fp16+fp32", "fp16+fp32"), (("linear", "matmul"), "fp32", "fp16")],
+    [((), "fp16", "fp16"), (("linear",), "fp16", "fp16"), (("linear", "matmul"), "fp32", "fp16")],
 )
 def test_the_precision_is_that_of_the_products(save: Save, kept: Any, effective: str, asked: str) -> None:
     def body(x: Any) -> Any:
@@ -155,6 +199,8 @@ def test_the_precision_is_that_of_the_products(save: Save, kept: Any, effective:
     half = ct.transform.FP16ComputePrecision(lambda op: op.op_type not in kept)
     runtime = loaded(save(body, (3, 4), half), "fp16")
     assert (runtime.effective_precision, runtime.asked_precision) == (effective, asked)
+    mixed = loaded(runtime.path, "fp32")  # a float32 export never holds float16
+    assert mixed.effective_precision == ("fp16+fp32" if kept == ("linear",) else effective)
 
 
 def test_without_products_every_operator_counts(save: Save) -> None:
@@ -212,6 +258,15 @@ def test_ranges_and_profile_name_the_operators(save: Save) -> None:
     assert [row.kind for row in rows if row.kind != "cast"] == ["mul", "square", "sqrt", "sub"]
     assert {row.precision for row in rows if row.kind != "cast"} == {"fp16"}
     assert all(row.time_ms > 0 and row.macs == 0 for row in rows)
+    untimed = runtime.profile({"x": x}, 0)
+    assert [(row.name, row.time_ms) for row in untimed] == [(row.name, 0.0) for row in rows]
+
+
+def test_times_are_medians(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, clock = loaded(save(lambda x: mb.relu(x=x), (1, 4))), iter([0, 1, 10, 12, 20, 120])
+    monkeypatch.setattr("edgevit.runtimes.mil_reference.time.perf_counter", lambda: float(next(clock)))
+    (row,) = runtime.profile({"x": np.ones((1, 4), np.float32)}, 3)
+    assert row.time_ms == 2000
 
 
 def test_products_are_counted_by_their_shapes(save: Save) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,18 @@ def no_text(model: Any) -> None:
     value.immediateValue.tensor.strings.SetInParent()
 
 
+def huge_output(model: Any) -> None:
+    step(model, "relu").outputs[0].type.tensorType.dimensions[1].constant.size = 1 << 40
+
+
+def long_output(model: Any) -> None:
+    block(model).outputs.append("\x1b[31m" + "x" * 5000)
+
+
+PROGRAMS += [
+    ("huge output", huge_output, "operator 'relu': makes 1099511627776 numbers"),
+    ("long name", long_output, r"output \x1b[31m" + "x" * 69 + "... is made by nothing"),
+]
 PROGRAMS += [("texts", texts, "a constant that cannot be read"), ("no text", no_text, "operand weight is no tensor")]
 
 
@@ -283,3 +296,37 @@ def test_a_weight_file_is_read_where_the_program_says(package: Path) -> None:
 def test_a_program_beyond_the_limit_is_not_parsed(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mil_package, "MAX_PROGRAM_BYTES", 100)
     assert "which no such file needs" in failure(package)
+
+
+def test_all_constants_together_have_a_limit(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mil_package, "MAX_CONSTANT_BYTES", 64 * 64 * 4)  # the weight alone, without the bias
+    assert "constants of more than 0 MB" in failure(package)
+
+
+def test_a_weight_file_of_holes_is_refused_before_it_is_read(package: Path) -> None:
+    """4 KB on disk that say to be 2^28 numbers."""
+    model = Model_pb2.Model()
+    model.ParseFromString((package / PROGRAM).read_bytes())
+    dimensions = constant(model).attributes["val"].type.tensorType.dimensions
+    dimensions[0].constant.size = dimensions[1].constant.size = 1 << 14
+    (package / PROGRAM).write_bytes(model.SerializeToString())
+    patched(package / BLOB, 64 + 8, struct.pack("<Q", 1 << 30))
+    with (package / BLOB).open("r+b") as stream:
+        stream.truncate((1 << 30) + 4096)
+    begin = time.perf_counter()
+    message = failure(package)
+    assert "are on disk" in message
+    assert time.perf_counter() - begin < 2  # seconds; reading 1 GB of zeros and copying it takes longer
+
+
+def test_numbers_below_a_byte_are_unpacked_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    content, kind = np.random.default_rng(0).integers(0, 256, 300, np.uint8).tobytes(), KINDS[38]
+    whole = unpacked(content, kind, 399)
+    monkeypatch.setattr(mil_package, "CHUNK", 16)
+    np.testing.assert_array_equal(unpacked(content, kind, 399), whole)
+
+
+def test_texts_of_a_package_are_short_and_printable() -> None:
+    assert mil_package.shown("logits") == "logits"
+    assert mil_package.shown("a\x1b[2J\nb\u202e") == r"a\x1b[2J\nb\u202e"
+    assert len(mil_package.shown("\0" * 5000)) == len(mil_package.shown("x" * 5000)) == 80

@@ -22,7 +22,7 @@ from onnx import parser
 from edgevit.errors import RuntimeFailure
 from edgevit.runtimes import Session, device_memory, trt
 from edgevit.runtimes.device_memory import Device
-from edgevit.runtimes.trt import Layer, TrtOptions, TrtRuntime, read_layers
+from edgevit.runtimes.trt import TrtOptions, TrtRuntime, read_layers
 
 # ---- a stand-in for the driver: memory is memory of this process
 
@@ -353,11 +353,55 @@ def test_a_profile_has_time_for_one_run_and_the_nodes_of_each_layer(
     library = Library()
     use(monkeypatch, library)
     with Session(TrtRuntime(engine, None, "fp16")) as session:
-        first, other = session.runtime.profile(ONE, 10)
+        first, untimed, other = session.runtime.profile(ONE, 10)
     assert (first.name, first.kind, first.precision, first.time_ms) == ("gemm_1", "gemm", "fp16", 0.5)
     assert first.origins == ("node_linear", "node_view")
+    assert (untimed.name, untimed.time_ms) == ("norm", 0.0)
     assert (other.name, other.kind, other.time_ms) == ("extra", "unknown", 0.25)
     assert len(library.contexts[0].streams) == 10 + trt.WARM_UP
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_profile_of_no_runs_tells_the_layers_and_runs_nothing(monkeypatch: pytest.MonkeyPatch, engine: Path) -> None:
+    library = Library()
+    use(monkeypatch, library)
+    with Session(TrtRuntime(engine, None, "fp16")) as session:
+        found = session.runtime.profile(ONE, 0)
+    assert [(o.name, o.precision, o.time_ms) for o in found] == [("gemm_1", "fp16", 0.0), ("norm", "fp32", 0.0)]
+    assert found[0].origins == ("node_linear", "node_view")
+    assert library.contexts[0].streams == []
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_slow_run_does_not_move_a_profile(monkeypatch: pytest.MonkeyPatch, engine: Path) -> None:
+    times = iter([0.5, 100.0, 0.5])
+    timed = Context.execute_async_v3
+
+    def unsteady(self: Context, stream: int) -> bool:
+        if self.profiler is not None:
+            self.profiler.report_layer_time("norm", next(times))
+        return timed(self, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", unsteady)
+    use(monkeypatch, Library())
+    with Session(TrtRuntime(engine, None, "fp16")) as session:
+        assert {o.name: o.time_ms for o in session.runtime.profile(ONE, 3)}["norm"] == 0.5
+
+
+@pytest.mark.usefixtures("driver")
+def test_an_engine_whose_products_mostly_do_not_tell_is_refused(monkeypatch: pytest.MonkeyPatch, engine: Path) -> None:
+    opaque = [{"Name": f"{{ForeignNode[a...{i}]}}", "LayerType": "Myelin", "Inputs": [{"Datatype": "Float"}]}
+              for i in range(3)]  # fmt: skip
+    use(monkeypatch, Library(layers=[*opaque, *LAYERS_11]))
+    with Session(TrtRuntime(engine, None, "fp16")) as session:
+        with pytest.raises(RuntimeFailure, match="does not say what its layers"):
+            _ = session.runtime.effective_precision
+        assert [o.precision for o in session.runtime.profile(ONE, 0)][:4] == ["unknown"] * 3 + ["fp16"]
+
+
+def test_metadata_may_hold_control_characters_as_they_are() -> None:
+    text = '{"Layers": [{"Name": "a", "LayerType": "gemm", "Metadata": "[ONNX Layer: x]\x1e[ONNX Layer: y]"}]}'
+    assert read_layers(text)[0].origins == ("x", "y")
 
 
 @pytest.mark.parametrize(
@@ -370,21 +414,6 @@ def test_an_engine_that_does_not_say_its_precision_is_refused(
     use(monkeypatch, Library(layers=layers))
     with Session(TrtRuntime(engine)) as session, pytest.raises(RuntimeFailure, match="does not say what its layers"):
         _ = session.runtime.effective_precision
-
-
-def test_layers_are_read_in_the_forms_of_10_and_11() -> None:
-    ten = [
-        {"Name": "conv", "LayerType": "CaskConvolution", "Inputs": [{"Format/Datatype": "Channel major FP16 format"}]},
-        {"Name": "fc", "LayerType": "CaskGemmConvolution", "Inputs": [{"Format/Datatype": "Row major linear FP32"}]},
-        {"Name": "to conv", "LayerType": "Reformat", "Inputs": [{"Format/Datatype": "Row major linear FP32"}]},
-    ]
-    found = read_layers(json.dumps({"Layers": ten, "Bindings": ["image", "logits"]}))
-    assert [(layer.precision, layer.is_product) for layer in found] == [("fp16", True), ("fp32", True), ("fp32", False)]
-    found = read_layers(json.dumps({"layers": LAYERS_11}))
-    assert [(layer.precision, layer.is_product) for layer in found] == [("fp16", True), ("fp32", False)]
-    assert found[0].origins == ("node_linear", "node_view")
-    named = Layer("_gemm_mha_v2_myl0_8", "kgen", "fp16", ())
-    assert named.is_product and not Layer("convert_1", "kgen", "fp16", ()).is_product
 
 
 @pytest.mark.usefixtures("driver")
