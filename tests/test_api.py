@@ -235,7 +235,7 @@ def test_a_model_that_is_not_the_reference_is_no_artifact(tiny: Any, spoil: Call
 def test_a_failing_parity_says_how_far_off_it_is(tiny: Any) -> None:
     tiny.exporter.change = biased
     with pytest.raises(
-        ParityError, match=r"^tiny at 64x64 on ort: not equal to the reference: max abs 1\.00e-02 \(limit 1e-03\)"
+        ParityError, match=r"^tiny at 64x64 on ort: not equal to the reference: max abs 1\.00e-02 \(limit 0.001\)"
     ):
         tiny.export()
 
