@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 
 from edgevit import api, inputs, registry
@@ -42,6 +43,8 @@ def made(cli: Any, out: Path, model: str, target: str, precision: str, *more: st
 def test_an_export_is_proven_and_can_be_checked_run_and_linted(
     cli: Any, tmp_path: Path, target: str, precision: str
 ) -> None:
+    if precision == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor has no bfloat16 arithmetic")
     document = made(cli, tmp_path, "mobileformer_26m", target, precision, "--image-size", "64x64")
     path = Path(document["artifact"])
     assert path.name == f"mobileformer_26m-{target}-{precision}-64x64"

@@ -15,7 +15,6 @@ from edgevit.errors import ExportError, MissingDependencyError, UsageError
 from edgevit.options import parse_options
 from edgevit.specs import Finding
 
-LEVELS = ("error", "warning", "advice")
 PARSER_SINCE = (10, 0)  # TensorRT for RTX has the parser of 11; what it refuses, these refuse too
 
 
@@ -29,7 +28,7 @@ def lint(path: str | Path, profiles: Sequence[str] = ()) -> dict[str, Any]:
         UsageError: nothing to look at, or no profile for a bare file. UnknownNameError: no such profile.
         ArtifactError: the artifact or file is missing, damaged or no ONNX.
     """
-    from edgevit.export.lint import resolve
+    from edgevit.export.lint import LEVELS, resolve
 
     files, names = _what(Path(path), profiles)
     wanted = list({profile.name: profile for profile in map(resolve, names)}.values())

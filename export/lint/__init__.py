@@ -17,7 +17,7 @@ from .graph import Graph, view
 from .reading import read_onnx
 from .rules import KNOWN, Profile, Rule, resolve
 
-__all__ = ["KNOWN", "RULES", "Profile", "Rule", "check", "lint_graph", "read_onnx", "resolve", "view"]
+__all__ = ["KNOWN", "LEVELS", "RULES", "Profile", "Rule", "check", "lint_graph", "read_onnx", "resolve", "view"]
 
 RULES: tuple[Rule, ...] = (
     *shapes.RULES, *operators.RULES, *quantization.RULES, *precision.RULES, *attention.RULES,
