@@ -10,11 +10,14 @@ PHOTOGRAPH := edgevit/photos/astronaut.jpg
 MODELS = $$($(VENV)/bin/edgevit list)
 RUNTIME := ort
 DURATION := 20
+LIMIT := 2000
+TABLES :=
 TARGETS := openvino tensorrt coreml
 PRECISIONS := fp32 fp16
 GPU := sm89
 
-.PHONY: help test test-slow lint demo exports bench-naive bench-pointwise constraints clean distclean
+.PHONY: help test test-slow lint demo exports bench-naive bench-pointwise bench-int8 reference-nets constraints clean \
+	distclean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -52,6 +55,13 @@ bench-pointwise: $(READY) ## race the grouped against the dense form of 26M: wha
 	$(VENV)/bin/edgevit export mobileformer_26m --to onnx --pointwise grouped --out dist/grouped --force
 	$(VENV)/bin/edgevit bench dist/dense/mobileformer_26m-onnx-fp32 dist/grouped/mobileformer_26m-onnx-fp32 \
 		--threads 1 --duration $(DURATION)
+
+bench-int8: $(READY) ## speed, size and accuracy of int8, as in the README; TABLES="speed size accuracy", LIMIT pictures
+	$(RUN) edgevit.cli.int8_study --duration $(DURATION) --limit $(LIMIT) $(TABLES)
+
+reference-nets: $(READY) ## train the small networks of the reference task anew: about an hour on two cores
+	$(RUN) edgevit.reference.train
+	$(RUN) edgevit.reference.ranges
 
 # torch keeps its pin, which is raised by hand; what only a CUDA build of it needs is not listed.
 constraints: ## write constraints.txt anew: the newest versions that pyproject.toml allows

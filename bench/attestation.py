@@ -84,13 +84,15 @@ def attest(
 ) -> Attestation:
     """Judge a profile whose operators know their multiply-accumulates.
 
-    `total_macs` are those of the whole graph, `declared` the names of nodes that were meant to run in float32.
+    `total_macs` are those of the whole graph, `declared` the names of nodes that were meant to run in float32: of int8,
+    those that the recipe keeps. int8 in which nothing of the products ran is not int8, whatever was declared.
     """
     found = sum(operator.macs or 0 for operator in operators)
     whole = found if total_macs is None else total_macs
     coverage = found / whole if whole else None
-    others = [o for o in operators if o.macs and o.precision != asked and not _meant(o, declared)]
+    others = [o for o in operators if o.macs and o.precision != asked and not _meant(o, asked, declared)]
     others_share = sum(o.macs or 0 for o in others) / found if found else 0.0
+    ran = sum(o.macs or 0 for o in operators if o.precision == asked)
     known = coverage is not None and COVERED <= coverage <= 2 - COVERED
     return Attestation(
         asked=asked,
@@ -99,7 +101,7 @@ def attest(
         by_kind=tuple(_kind_shares(operators, found)),
         others=tuple(sorted(others, key=lambda o: -(o.macs or 0))),
         others_share=others_share,
-        as_asked=others_share <= TOLERANCE if known else None,
+        as_asked=others_share <= TOLERANCE and (asked != "int8" or ran > 0) if known else None,
     )
 
 
@@ -109,8 +111,10 @@ def with_macs(operators: Iterable[OperatorTime], macs_by_node: Mapping[str, int]
     return tuple(replace(o, macs=sum(left.pop(name, 0) for name in o.origins)) for o in operators)
 
 
-def _meant(operator: OperatorTime, declared: Collection[str]) -> bool:
-    return operator.precision == "fp32" and any(origin in declared for origin in (operator.name, *operator.origins))
+def _meant(operator: OperatorTime, asked: str, declared: Collection[str]) -> bool:
+    """Whether it was declared to stay float32, or with int8 in any float type."""
+    kept = operator.precision.startswith(("fp", "bf") if asked == "int8" else "fp32")
+    return kept and any(origin in declared for origin in (operator.name, *operator.origins))
 
 
 def _shares(operators: Sequence[OperatorTime], macs: int) -> list[Share]:

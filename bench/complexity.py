@@ -1,7 +1,7 @@
 """Operations, parameters and bytes, counted on the graph that is deployed or on a PyTorch module.
 
-MACs are those of Attention, Conv, Gemm and MatMul. Every other op kind is known to hold no matrix product (PLAIN)
-and listed with its output elements, or listed as unknown: a zero is never silent.
+MACs are those of Attention, Conv, Gemm, MatMul and MatMulInteger. Every other op kind is known to hold no matrix
+product (PLAIN) and listed with its output elements, or listed as unknown: a zero is never silent.
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ COUNTERS: dict[str, Callable[[_Graph, onnx.NodeProto], int]] = {
     "Conv": _conv_macs,
     "Gemm": _gemm_macs,
     "MatMul": _matmul_macs,
+    "MatMulInteger": _matmul_macs,
 }
 
 
@@ -225,10 +226,12 @@ def _live_nodes(graph: _Graph) -> Iterator[onnx.NodeProto]:
 
 
 def _parameters(graph: _Graph) -> int:
-    """Count stored floating-point elements, and integer ones that a DequantizeLinear turns into weights."""
+    """Count stored floating-point elements, and 8-bit or 32-bit ones that stand for them."""
     quantizers = [node for node in graph.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     scales = {name for node in quantizers for name in node.input[1:]}
     weights = {node.input[0] for node in quantizers if node.op_type == "DequantizeLinear"}
+    weights |= {node.input[1] for node in graph.nodes if node.op_type == "MatMulInteger"}
+    weights |= {node.input[0] for node in graph.nodes if node.op_type == "Cast"}
     return sum(
         graph.tensors[name].elements or 0
         for name in graph.stored

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgevit.api import (
+        Pictures,
         benchmark,
         doctor,
+        evaluate,
         export_model,
         info,
         ingest,
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
         load,
         predict,
         profile,
+        sensitivity,
+        simulate,
         verify,
     )
     from edgevit.artifact import Artifact
@@ -30,9 +34,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "Artifact": "edgevit.artifact",
     "EdgevitError": "edgevit.errors",
+    "Pictures": "edgevit.api",
     "benchmark": "edgevit.api",
     "create_model": "edgevit.models",
     "doctor": "edgevit.api",
+    "evaluate": "edgevit.api",
     "export_model": "edgevit.api",
     "info": "edgevit.api",
     "ingest": "edgevit.api",
@@ -41,16 +47,20 @@ _HOMES = {
     "load": "edgevit.api",
     "predict": "edgevit.api",
     "profile": "edgevit.api",
+    "sensitivity": "edgevit.api",
+    "simulate": "edgevit.api",
     "verify": "edgevit.api",
 }
 
 __all__ = [
     "Artifact",
     "EdgevitError",
+    "Pictures",
     "__version__",
     "benchmark",
     "create_model",
     "doctor",
+    "evaluate",
     "export_model",
     "info",
     "ingest",
@@ -59,6 +69,8 @@ __all__ = [
     "load",
     "predict",
     "profile",
+    "sensitivity",
+    "simulate",
     "verify",
 ]
 

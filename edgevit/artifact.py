@@ -158,6 +158,7 @@ def describe_export(spec: ExportSpec, image: ImageSpec, sizes: Mapping[Size, Pro
         "num_classes": spec.num_classes,
         "options": dict(spec.options),
         "settings": as_json(spec.settings),
+        "recipe": None if spec.recipe is None else as_json(spec.recipe),
         "calibration": None,
         "seed": spec.seed,
         **({"resolutions": resolutions} if len(sizes) > 1 else {}),

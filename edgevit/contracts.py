@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
-from edgevit.specs import Ability, Certificate, ExportSpec, ModelCard, OperatorTime, TensorSpec
+from edgevit.specs import Ability, Certificate, ExportSpec, ModelCard, OperatorTime, Size, TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -92,12 +92,32 @@ class Built:
     notes: tuple[str, ...] = ()
 
 
+Watch = Callable[[Path, NDArray[Any], Callable[[str, NDArray[Any]], None]], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The pictures that int8 ranges are measured on.
+
+    `images` has them for each image size, normalised float32 (n, 3, h, w). `record` goes into the manifest: source,
+    hashes, labels, seed, what was skipped. `notes` is what the user must be told. `watch` runs a model file of the
+    target in its checker on pictures one by one and tells the callback every floating value that it makes, by name;
+    None where the checker cannot.
+    """
+
+    images: Mapping[Size, NDArray[Any]]
+    record: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    watch: Watch | None = None
+
+
 class Exporter(Protocol):
     """Turns a reference module into a target's files.
 
     `runtime` names the registered runtime that runs them on the device; `checker` the one that runs
     `Built.checked_file` on any machine, so that every export ends with a comparison. `precisions` lists what
     `ExportSpec.precision` may be, OPTIONS is a frozen dataclass of what the target takes beside, each with a default.
+    RECIPE is another one, of how the target is quantised: `edgevit.export.quantize.Recipe` and what it has beside.
     `export` writes only below `directory` and raises ExportError; it does not change `model`.
 
     Several image sizes come in one call, because how files share weights is the target's affair: graphs beside a common
@@ -111,13 +131,20 @@ class Exporter(Protocol):
     precisions: tuple[str, ...]
     naive_suffix: str
     OPTIONS: type[Any]
+    RECIPE: type[Any]
 
     def export(
-        self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
+        self,
+        model: nn.Module,
+        card: ModelCard,
+        specs: Sequence[ExportSpec],
+        directory: Path,
+        calibration: Calibration | None = None,
     ) -> tuple[Built, ...]:
         """Write the files for one model into an existing empty directory; one `Built` for each spec, in their order.
 
-        There is at least one spec; they differ in `image_size` alone.
+        There is at least one spec; they differ in `image_size` alone. `calibration` is there where the precision is
+        int8 and `spec.recipe.calibrated`.
         """
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:

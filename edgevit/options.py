@@ -34,20 +34,19 @@ def option_names(kind: type[Any]) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
-def split_options(
-    given: Mapping[str, Any], first: tuple[str, type[Any]], second: tuple[str, type[Any]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Share out options between two owners, each (name, options dataclass), who have no option's name in common.
+def split_options(given: Mapping[str, Any], *owners: tuple[str, type[Any]]) -> list[dict[str, Any]]:
+    """Share out options among owners, each (name, options dataclass), who have no option's name in common.
 
     Raises:
-        UnknownNameError: neither has such an option.
+        UnknownNameError: none of them has such an option.
     """
-    mine, other = option_names(first[1]), option_names(second[1])
+    names = [option_names(kind) for _, kind in owners]
+    known = set().union(*names)
     for key in given:
-        if key not in mine | other:
-            owners = " or ".join(name for name, kind in (first, second) if option_names(kind))
-            raise UnknownNameError(f"option of {owners or first[0]}", key, mine | other)
-    return {k: v for k, v in given.items() if k in mine}, {k: v for k, v in given.items() if k in other}
+        if key not in known:
+            asked = " or ".join(owner for (owner, _), has in zip(owners, names, strict=True) if has)
+            raise UnknownNameError(f"option of {asked or owners[0][0]}", key, known)
+    return [{key: value for key, value in given.items() if key in has} for has in names]
 
 
 def as_json(options: Any) -> dict[str, Any]:

@@ -36,20 +36,20 @@ class Row:
 FAMILIES: dict[str, tuple[Row, tuple[str, ...]]] = {
     "mobile_former": (
         Row("edgevit.models.mobile_former"),
-        tuple(f"mobileformer_{size}" for size in ("26m", "52m", "96m", "151m", "214m", "294m", "508m")),
+        tuple(f"mobileformer_{size}" for size in ("26m", "52m", "96m", "151m", "214m", "294m", "508m", "tiny")),
     ),
     "crossformer": (
         Row("edgevit.models.crossformer"),
-        tuple(f"crossformer{size}" for size in ("_t", "_s", "_b", "_l", "pp_s", "pp_b", "pp_l", "pp_h")),
+        tuple(f"crossformer{size}" for size in ("_t", "_s", "_b", "_l", "pp_s", "pp_b", "pp_l", "pp_h", "_tiny")),
     ),
-    "vit_lsla": (Row("edgevit.models.vit_lsla"), ("vit_lsla", "vit_lsla_swin", "vit_lsla_r3")),
-    "swin": (Row("edgevit.models.swin"), ("swin_t", "swin_s", "swin_b")),
+    "vit_lsla": (Row("edgevit.models.vit_lsla"), ("vit_lsla", "vit_lsla_swin", "vit_lsla_r3", "vit_lsla_tiny")),
+    "swin": (Row("edgevit.models.swin"), ("swin_t", "swin_s", "swin_b", "swin_tiny")),
     "vit": (
         Row("edgevit.models.vit"),
         (
             *(f"deit_{size}" for size in ("tiny", "small", "base")),
             *(f"deit_{size}_distilled" for size in ("tiny", "small", "base")),
-            *(f"vit_{size}" for size in ("tiny", "small", "base")),
+            *(f"vit_{size}" for size in ("tiny", "small", "base", "reference_tiny")),
         ),
     ),
 }

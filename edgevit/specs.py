@@ -53,6 +53,7 @@ class ModelCard:
     image: ImageSpec = ImageSpec()
     size_multiple: int = 32
     notes: tuple[str, ...] = ()
+    num_classes: int = 1000  # of its published weights: ImageNet-1k
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class ExportSpec:
     pointwise: Literal["auto", "dense", "grouped"] = "auto"
     seed: int = 0
     settings: Any = NoOptions()  # what the target takes beside: its exporter's OPTIONS
+    recipe: Any = None  # how it is quantised: its exporter's RECIPE, with precision int8
 
     def __post_init__(self) -> None:
         if self.pointwise not in ("auto", "dense", "grouped"):

@@ -28,7 +28,8 @@ MODE = 0o755  # a script that can be started as ./build.sh
 INDENT = " " * 8  # of a case branch in the template
 NAME = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")  # a file name that no shell and no trtexec reads as something else
 TENSOR = re.compile(r"[A-Za-z0-9_./-]+")  # trtexec splits shapes at : and , and pairs at =
-NEVER_PINNED = ("Cast", "Constant", "Softmax")  # a pinned softmax is not fused into attention; its values are below 1
+# A pinned softmax is not fused into attention; its values are below 1. Scales have a type of their own.
+NEVER_PINNED = ("Cast", "Constant", "DequantizeLinear", "QuantizeLinear", "Softmax")
 MAX_ARGUMENT = 100_000  # bytes; Linux refuses one argument of 128 KiB
 BATCH_USAGE = " [--batch N] [--max-batch N]"
 BATCH_OPTIONS = """  --batch N        pictures per query: what the engine is tuned for and timed at, default 1
@@ -119,7 +120,7 @@ def write_build_script(
     """Write the script beside `onnx_file`, executable, and return its name: `build.sh`, `build-HxW.sh` for `model-HxW`.
 
     `input_shape` is (n, c, h, w) with n a name where the batch is dynamic; `oldest` the first TensorRT, e.g. "8.6",
-    that reads the graph. In a float16 graph, what computes in float32 is pinned for versions that are typed weakly.
+    that reads the graph. Below float32, what computes in float32 is pinned for versions that are typed weakly.
 
     Raises:
         UsageError: a precision or version that is not in the table, or another dimension than the batch is dynamic.
@@ -130,7 +131,7 @@ def write_build_script(
     _check(onnx_file, input_name, input_shape)
     trtexec_flags(oldest, precision)  # refuses either before a file is touched
     rows = [row for row in table()[0] if row.start >= _series(oldest).start]
-    pins = pinned(_graph(path)) if precision == "fp16" and any(row.pins for row in rows) else ()
+    pins = pinned(_graph(path)) if precision in ("fp16", "int8") and any(row.pins for row in rows) else ()
     values = {
         "NAME": name,
         "ONNX_NAME": onnx_file,
@@ -157,16 +158,20 @@ def pinned(graph: onnx.GraphProto) -> tuple[str, ...]:
     """The nodes that compute in float32 in a graph whose body is float16, by name.
 
     A strongly typed network keeps them by itself. TensorRT 8 takes the types of a graph as a hint: with `--fp16` it may
-    run them in float16, where they overflow. So it is told their names.
+    run them in float16, where they overflow. So it is told their names. Products of quantised operands are float32 in
+    the graph because their scales are, and become INT8: they and their Q/DQ are not pinned.
 
     Raises:
         ExportError: one of them has no name, or one that `--layerPrecisions` cannot hold.
     """
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    dequantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     nodes = [
         node
         for node in graph.node
-        if node.op_type not in NEVER_PINNED and any(types.get(o) == onnx.TensorProto.FLOAT for o in node.output)
+        if node.op_type not in NEVER_PINNED
+        and any(types.get(o) == onnx.TensorProto.FLOAT for o in node.output)
+        and not dequantized.intersection(node.input)
     ]
     for node in nodes:
         if not node.name or set(node.name) & set(":,*'"):

@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 
 from edgevit.errors import ExportError
 
-from .ranges import LARGEST, Ranges, as_json
+from .ranges import LARGEST, PRODUCTS, Ranges, as_json
 
 Why = Literal["operator", "range", "sum", "weight"]
 
@@ -35,6 +35,7 @@ MOVERS = frozenset(
 )  # fmt: skip
 BIAS = 2  # the operand of Conv and Gemm that is added: its rounding error is absolute, at most 2**-25
 LOSSY = 2.0**-10  # relative error of a tensor of weights; rounding a normal number costs at most 2**-11
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 HALF, FULL = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 
@@ -76,7 +77,7 @@ class ToHalf(passes.InPlacePass):
         opset = graph.opset_imports.get("") or 0
         kept = {node: why for node in graph if (why := _why_kept(node, self.ranges, opset)) is not None}
         self.kept = tuple(kept.values())
-        full = _with_movers(graph, set(kept))
+        full = _with_movers(graph, _with_partners(graph, set(kept)))
         _convert(graph, full, opset)
         return passes.PassResult(model, True)
 
@@ -122,7 +123,7 @@ def _why_kept(node: ir.Node, ranges: Ranges, opset: int) -> Kept | None:
     for tensor in (value.name or "" for value in floats):
         if tensor in measured:
             return Kept(name, kind, "range", tensor, measured[tensor])
-    if name in ranges.wide_sums:
+    if name in ranges.wide_sums and not partners(node):  # int8 products are summed in 32 bits
         return Kept(name, kind, "sum", node.outputs[0].name or "", ranges.wide_sums[name])
     for index, value in enumerate(node.inputs):
         if value is not None and _is_float(value) and _constant(value):
@@ -158,6 +159,40 @@ def _follows(kind: str, index: int, opset: int, *, output: bool = False) -> bool
     formals = schema.outputs if output else schema.inputs
     text = formals[min(index, len(formals) - 1)].type_str
     return not text.startswith("tensor(")
+
+
+def partners(node: ir.Node) -> list[ir.Node]:
+    """What an int8 kernel computes together with a product: the DequantizeLinear of both operands."""
+    ends = [None if value is None else value.producer() for value in node.inputs[:2]]
+    found = [end for end in ends if end is not None and end.op_type == DEQUANTIZE]
+    return found if node.op_type in PRODUCTS and len(found) == 2 else []
+
+
+def _with_partners(graph: ir.Graph, full: set[ir.Node]) -> set[ir.Node]:
+    """`full` and what has to have the same type: a Cast between a product and its DequantizeLinear parts the two.
+
+    Before opset 19 scales, and so all of these, are float32.
+    """
+    bonds = [(node, *partners(node)) for node in graph if partners(node)]
+    bonds += [(node, source) for node in graph if node.op_type == DEQUANTIZE and (source := _quantizer(node))]
+    bonds += [(node, source) for node in graph for source in _residuals(node)]
+    found, size = set(full), -1
+    while len(found) != size:
+        size = len(found)
+        found |= {node for bond in bonds if any(node in found for node in bond) for node in bond}
+    return found
+
+
+def _residuals(node: ir.Node) -> list[ir.Node]:
+    """The DequantizeLinear that an addition reads."""
+    ends = [None if value is None else value.producer() for value in node.inputs]
+    return [end for end in ends if node.op_type == "Add" and end is not None and end.op_type == DEQUANTIZE]
+
+
+def _quantizer(node: ir.Node) -> ir.Node | None:
+    """The QuantizeLinear whose result a DequantizeLinear reads, which has its scale."""
+    source = None if node.inputs[0] is None else node.inputs[0].producer()
+    return source if source is not None and source.op_type == QUANTIZE else None
 
 
 def _with_movers(graph: ir.Graph, full: set[ir.Node]) -> set[ir.Node]:

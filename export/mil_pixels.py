@@ -37,7 +37,7 @@ def scaled_input(form: nn.Module, std: Sequence[float], probe: Tensor) -> tuple[
         alike = _same(folded(image), expected)
     if readers and alike:
         return folded.float(), f"folded into {len(readers)} convolution{'s' if len(readers) > 1 else ''}"
-    return _Divided(form, gain.float()), "an operator of its own: not only convolutions read the picture"
+    return Divided(form, gain.float()), "an operator of its own: not only convolutions read the picture"
 
 
 def _readers(module: nn.Module, probe: Tensor) -> list[nn.Conv2d]:
@@ -68,7 +68,7 @@ def _same(actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]
     )
 
 
-class _Divided(nn.Module):
+class Divided(nn.Module):
     """`form` after a product with 1 / std."""
 
     gain: Tensor

@@ -1,4 +1,4 @@
-"""The Core ML target: `model.mlpackage`, an ML program in float32 or float16, made from the captured deploy form.
+"""The Core ML target: `model.mlpackage`, an ML program made from the captured deploy form.
 
 Conversion needs no Mac; running does. What was saved is checked by `edgevit.runtimes.mil_reference`, which runs the
 program of the package operator by operator.
@@ -7,12 +7,7 @@ program of the package operator by operator.
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import logging
-import shutil
-import uuid
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,21 +16,27 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgevit import __version__
-from edgevit.contracts import Built
+from edgevit.contracts import Built, Calibration
 from edgevit.errors import ExportError, UsageError, first_line
-from edgevit.inputs import read_labels
-from edgevit.specs import MAX_BATCH, Ability, Certificate, ExportSpec, ModelCard, TensorSpec
+from edgevit.inputs import as_values, read_labels
+from edgevit.specs import MAX_BATCH, Ability, ExportSpec, ModelCard
 
 from . import passes
 from .capture import capture, quiet, single_thread
 from .deploy import DeploySpec, deploy
 from .files import file_names
 from .mil_kept import beyond_note, check_types, kept_fp32
-from .mil_pixels import scaled_input
+from .mil_pixels import Divided, scaled_input
+from .mil_quiet import silent
+from .mil_saved import described, save
+from .node_names import name_by_module
+from .quantize.equalise import equalise
+from .quantize.for_coreml import CoremlRecipe, number_nodes, origins, quantize
 from .to_onnx import output_names, to_graph
 
 logging.getLogger("coremltools").addHandler(logging.NullHandler())  # its import prints what it does not find on Linux
@@ -45,13 +46,11 @@ from coremltools.converters.mil.frontend.torch import ops as torch_ops  # noqa: 
 from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY  # noqa: E402  # as above
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass  # noqa: E402  # as above
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass  # noqa: E402  # as above
-from coremltools.proto import Model_pb2  # noqa: E402  # as above
 
-PROGRAM = "Data/com.apple.CoreML/model.mlmodel"  # inside a package, as Core ML's tools lay it out
-DEBUG_MAP = "executorch_debug_handle_mapping.json"  # written for another project's debugger
 DATE = "com.github.apple.coremltools.conversion_date"  # the day of the export, which makes equal exports differ
 
 
+VALUES = {"tensor": "normalised", "image": "pixels"}  # of the option input: what a package takes
 ANY_BATCH = "any batch: Core ML plans fixed shapes best; for the Neural Engine export the batch that you will use"
 
 
@@ -83,12 +82,18 @@ class CoremlExporter:
     name = "coreml"
     runtime = "coreml"
     checker = "mil_reference"
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "int8")
     naive_suffix = ".mlpackage"
     OPTIONS = CoremlOptions
+    RECIPE = CoremlRecipe
 
     def export(
-        self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
+        self,
+        model: nn.Module,
+        card: ModelCard,
+        specs: Sequence[ExportSpec],
+        directory: Path,
+        calibration: Calibration | None = None,
     ) -> tuple[Built, ...]:
         """Write `model.mlpackage`; for several sizes `model-HxW.mlpackage` each, with weights of their own."""
         _check(specs[0])
@@ -96,14 +101,16 @@ class CoremlExporter:
             outputs, labels = output_names(model, specs[0]), _labels(model, card, specs[0])
         paths = [directory / name for name in file_names(card, specs, ".mlpackage")]
         made = _Outputs(outputs, labels)
-        return tuple(_build(model, card, spec, made, path) for spec, path in zip(specs, paths, strict=True))
+        return tuple(
+            _build(model, card, spec, made, calibration, path) for spec, path in zip(specs, paths, strict=True)
+        )
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
         """coremltools' conversion of the reference form, nothing else: what a user gets without edgevit."""
         with single_thread():
             program = capture(model.eval(), spec.batch, spec.image_size or card.image.size)
             outputs = output_names(model, spec)
-        _save(_convert(program, outputs, spec, card, None), path)
+        save(_convert(program, outputs, spec, card, None)[0], path)
 
     def lint_for(self, settings: CoremlOptions) -> tuple[str, ...]:
         """The rules of the oldest system that has to run it."""
@@ -124,7 +131,9 @@ def _check(spec: ExportSpec) -> None:
     """Refuse what cannot go together, before any work."""
     settings = spec.settings
     check_types(settings.keep_fp32)
-    if settings.keep_fp32 and spec.precision != "fp16":
+    if spec.precision == "int8":
+        spec.recipe.check(settings.ios)
+    if settings.keep_fp32 and not _in_half(spec):
         raise UsageError(
             f"option keep_fp32 with precision {spec.precision}: it excepts operators from fp16; add --precision fp16"
         )
@@ -159,33 +168,66 @@ def _labels(model: nn.Module, card: ModelCard, spec: ExportSpec) -> list[str] | 
     return read_labels(spec.settings.labels, int(logits.shape[1]))
 
 
-def _build(model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: _Outputs, path: Path) -> Built:
+def _build(
+    model: nn.Module,
+    card: ModelCard,
+    spec: ExportSpec,
+    outputs: _Outputs,
+    calibration: Calibration | None,
+    path: Path,
+) -> Built:
     """Write the package for one size."""
     settings, size = spec.settings, spec.image_size or card.image.size
     pointwise: Literal["dense", "grouped"] = "grouped" if spec.pointwise == "grouped" else "dense"
     choices: dict[str, Any] = {"pointwise": pointwise, "ios": settings.ios, "input": settings.input}
+    images = None if calibration is None else calibration.images[size]
     with single_thread():
         form, certificates = deploy(model, DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=None))
         program = capture(form, spec.batch, size)
-        graph = passes.run(to_graph(program, outputs.names), (*passes.CLEANUP, *passes.FINISH))
+        graph = _graph(program, outputs.names)
         if settings.input == "image":
             form, choices["std"] = scaled_input(form, card.image.std, torch.zeros(1, 3, *size))
         if outputs.labels:
-            form = _WithProbabilities(form).eval()
+            form = WithProbabilities(form).eval()
         if outputs.labels or settings.input == "image":
             program = capture(form, spec.batch, size)
-    converted = _convert(program, outputs.names, spec, card, outputs.labels)
+        if images is not None and spec.recipe.equalize:
+            program, choices["equalized"] = equalise(program, _as_read(images, card, settings))
+    converted, nodes = _convert(program, outputs.names, spec, card, outputs.labels)
     notes: tuple[str, ...] = (ANY_BATCH,) if spec.batch == "dynamic" else ()
-    if spec.precision == "fp16":
+    if _in_half(spec):
         choices["keep_fp32"] = list(settings.keep_fp32)
         choices["kept_fp32"] = kept = kept_fp32(converted._mil_program, settings.keep_fp32)
         notes += beyond_note(kept)
+    if spec.precision == "int8":
+        fed = None if images is None else as_values(images, card.image, VALUES[settings.input])
+        done = quantize(converted, nodes, spec.recipe, settings.ios, fed, calibration.watch if calibration else None)
+        converted, notes = done.model, notes + done.notes
+        choices |= done.choices
     _describe(converted, card, spec)
-    _save(converted, path)
-    return replace(_built(path.name, converted, ir.to_proto(graph), certificates, choices), notes=notes)
+    save(converted, path)
+    return replace(described(path.name, converted, ir.to_proto(graph), certificates, choices), notes=notes)
 
 
-class _WithProbabilities(nn.Module):
+def _graph(program: ExportedProgram, outputs: list[str]) -> ir.Model:
+    """The ONNX form of a program, on which operations are counted; its nodes are named as patterns name them."""
+    graph = passes.run(to_graph(program, outputs), passes.CLEANUP)
+    name_by_module(graph)  # before FINISH, which forgets the modules
+    return passes.run(graph, passes.FINISH)
+
+
+def _as_read(images: NDArray[np.float32], card: ModelCard, settings: CoremlOptions) -> NDArray[np.float32]:
+    """Normalised pictures (n, 3, h, w) as the captured program gets them: of a picture input before the division."""
+    std = np.array(card.image.std, np.float32)[:, None, None]  # 3 1 1
+    return images * std if settings.input == "image" else images
+
+
+def _in_half(spec: ExportSpec) -> bool:
+    """Whether what is not int8 is float16."""
+    return spec.precision == "fp16" or (spec.precision == "int8" and spec.recipe.body == "fp16")
+
+
+class WithProbabilities(nn.Module):
     """Logits, and the probabilities that Core ML names a class by."""
 
     def __init__(self, form: nn.Module) -> None:
@@ -198,10 +240,13 @@ class _WithProbabilities(nn.Module):
         return logits, torch.softmax(logits, 1)
 
 
+AROUND = (WithProbabilities, Divided)  # modules around the network, which no user's pattern names
+
+
 def _convert(
     program: ExportedProgram, outputs: list[str], spec: ExportSpec, card: ModelCard, labels: list[str] | None
-) -> Any:
-    """The package's model, not saved yet.
+) -> tuple[Any, dict[str, str]]:
+    """The package's model, not saved yet, and the module and node that each of its values came from.
 
     Raises:
         ExportError: coremltools cannot convert an operator, or a tensor has more than five axes.
@@ -222,17 +267,19 @@ def _convert(
     pipeline = ct.PassPipeline.DEFAULT
     if labels:
         pipeline.append_pass(FORGET)
-    with quiet(), _silent() as remarks, _alias_known():
+    with quiet(), silent() as remarks, _alias_known():
         try:
+            program = program.run_decompositions({})
+            nodes = number_nodes(program, AROUND)
             converted = ct.convert(
-                program.run_decompositions({}),
+                program,
                 convert_to="mlprogram",
                 inputs=[image],
                 outputs=[ct.TensorType(name, dtype=np.float32) for name in names],
                 classifier_config=classes,
                 pass_pipeline=pipeline,
                 minimum_deployment_target=getattr(ct.target, f"iOS{settings.ios}"),
-                compute_precision=half if spec.precision == "fp16" else ct.precision.FLOAT32,
+                compute_precision=half if _in_half(spec) else ct.precision.FLOAT32,
                 skip_model_load=True,
             )
         except Exception as error:  # coremltools raises whatever its passes meet
@@ -240,7 +287,7 @@ def _convert(
             raise ExportError(
                 f"conversion to Core ML: {place}{first_line(error)[:200]}; please report the model"
             ) from error
-    return converted
+    return converted, origins(converted._mil_program, nodes)
 
 
 @register_pass(namespace="edgevit")
@@ -276,49 +323,6 @@ def _describe(converted: Any, card: ModelCard, spec: ExportSpec) -> None:
     converted.user_defined_metadata.pop(DATE, None)
 
 
-def _save(converted: Any, path: Path) -> None:
-    """Write the package with nothing random of ours: maps in order, items named after their paths."""
-    package = path.with_suffix(".mlpackage")
-    with _silent():
-        converted.save(str(package))
-    (package / DEBUG_MAP).unlink(missing_ok=True)
-    spec: Any = Model_pb2.Model()
-    spec.ParseFromString((package / PROGRAM).read_bytes())
-    (package / PROGRAM).write_bytes(spec.SerializeToString(deterministic=True))
-    (package / PROGRAM).chmod(0o644)  # coremltools leaves it readable by its writer alone
-    manifest = json.loads((package / "Manifest.json").read_text(encoding="utf-8"))
-    names = {
-        old: str(uuid.uuid5(uuid.NAMESPACE_URL, item["path"])) for old, item in manifest["itemInfoEntries"].items()
-    }
-    manifest["rootModelIdentifier"] = names[manifest["rootModelIdentifier"]]
-    items = sorted((names[old], item) for old, item in manifest["itemInfoEntries"].items())
-    text = json.dumps({**manifest, "itemInfoEntries": dict(items)}, indent=2, sort_keys=True)
-    (package / "Manifest.json").write_text(text + "\n", encoding="utf-8")
-    if package != path:
-        shutil.move(package, path)
-
-
-def _built(
-    name: str, converted: Any, graph: Any, certificates: Sequence[Certificate], choices: dict[str, Any]
-) -> Built:
-    """What there is to say of the saved package."""
-    function = converted.get_spec().mlProgram.functions["main"]
-    block = function.block_specializations[function.opset]
-    made = {value.name: value.type for operation in block.operations for value in operation.outputs}
-    pixels: Literal["normalised", "pixels"] = "pixels" if choices["input"] == "image" else "normalised"
-    inputs = [TensorSpec(value.name, _lengths(value.type), values=pixels) for value in function.inputs]
-    outputs = [TensorSpec(name, _lengths(made[name])) for name in block.outputs if _lengths(made[name])]
-    inputs, outputs = (
-        [replace(s, layout="NCHW" if len(s.shape) == 4 else "") for s in each] for each in (inputs, outputs)
-    )
-    return Built(name, name, graph, tuple(inputs), tuple(outputs), tuple(certificates), choices)
-
-
-def _lengths(value_type: Any) -> tuple[int | str, ...]:
-    dimensions = value_type.tensorType.dimensions
-    return tuple(d.constant.size if d.WhichOneof("dimension") == "constant" else "batch" for d in dimensions)
-
-
 @contextlib.contextmanager
 def _alias_known() -> Iterator[None]:
     """torch.export writes `alias` for a view of a whole tensor; coremltools has no translation for it."""
@@ -333,31 +337,3 @@ def _alias_known() -> Iterator[None]:
         yield
     finally:
         del table["alias"]
-
-
-class _Remarks(logging.Handler):
-    """Keeps which operator coremltools says that it failed on."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines += [line.strip()[:120] for line in record.getMessage().splitlines() if "converting" in line]
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[list[str]]:
-    """coremltools logs, warns and draws progress bars; stdout belongs to the caller's JSON. Yields its errors."""
-    logger, remarks = logging.getLogger("coremltools"), _Remarks()
-    before = logger.handlers, logger.propagate
-    logger.handlers, logger.propagate = [remarks], False
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            yield remarks.lines
-    finally:
-        logger.handlers, logger.propagate = before

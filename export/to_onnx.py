@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from edgevit.contracts import Built
+from edgevit.contracts import Built, Calibration
 from edgevit.errors import ExportError, first_line
 from edgevit.specs import MAX_BATCH, Ability, ExportSpec, ModelCard, NoOptions, TensorSpec
 
@@ -27,6 +27,9 @@ from . import passes
 from .capture import capture, example_image, quiet, single_thread
 from .deploy import DeploySpec, deploy
 from .files import file_names, save_graphs
+from .node_names import name_by_module
+from .quantize.equalise import equalise
+from .quantize.for_onnx import OnnxRecipe, quantize
 
 OPSET = 20  # LayerNormalization (17) and Gelu (20) stay one operator each; every current runtime reads it
 # Of hidden activations in a branch: 508M was fastest of 400, 640, 1000 and 1300 KiB, 294M much the same at 450 and 700.
@@ -39,18 +42,24 @@ class OnnxExporter:
 
     name = "onnx"
     runtime = checker = "ort"
-    precisions = ("fp32",)
+    precisions = ("fp32", "int8")
     naive_suffix = ".onnx"
     OPTIONS = NoOptions
+    RECIPE = OnnxRecipe
 
     def export(
-        self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
+        self,
+        model: nn.Module,
+        card: ModelCard,
+        specs: Sequence[ExportSpec],
+        directory: Path,
+        calibration: Calibration | None = None,
     ) -> tuple[Built, ...]:
         """Write `model.onnx`, weights inside; for several sizes `model-HxW.onnx` each and `weights.bin` for all."""
         with single_thread():
             outputs = output_names(model, specs[0])
         names = file_names(card, specs, ".onnx")
-        graphs = (_build(model, card, *each, outputs) for each in zip(specs, names, strict=True))
+        graphs = (_build(model, card, *each, outputs, calibration) for each in zip(specs, names, strict=True))
         return save_graphs(graphs, directory, alone=len(specs) == 1)
 
     def export_naive(self, model: nn.Module, card: ModelCard, spec: ExportSpec, path: Path) -> None:
@@ -76,19 +85,28 @@ class OnnxExporter:
 
 
 def _build(
-    model: nn.Module, card: ModelCard, spec: ExportSpec, name: str, outputs: list[str]
+    model: nn.Module, card: ModelCard, spec: ExportSpec, name: str, outputs: list[str], calibration: Calibration | None
 ) -> tuple[ir.Model, Built]:
     """The graph for one size, and what there is to say of it once it is saved as `name`."""
     size = spec.image_size or card.image.size
     pointwise, why = choose_pointwise(card.name, spec.pointwise)
     shape = DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=CACHE_BYTES)
+    choices: dict[str, Any] = {"pointwise": pointwise, "why": why}
     with single_thread():
         form, certificates = deploy(model, shape)
-        graph = to_graph(capture(form, spec.batch, size), outputs)
-    graph = passes.run(graph, (*passes.CLEANUP, *passes.CPU_KERNELS, *passes.FINISH))
+        program = capture(form, spec.batch, size)
+        if calibration is not None and spec.recipe.equalize:
+            program, choices["equalized"] = equalise(program, calibration.images[size])
+        graph = passes.run(to_graph(program, outputs), passes.CLEANUP)
+    name_by_module(graph)
+    graph = passes.run(graph, passes.CPU_KERNELS)
+    notes: tuple[str, ...] = ()
+    if calibration is not None:
+        graph, done = quantize(graph, spec.recipe, calibration.images[size], spec.batch)
+        choices, notes = {**choices, **done.choices()}, done.notes()
+    graph = passes.run(graph, passes.FINISH)
     inputs, outs = (tuple(signature(value) for value in side) for side in (graph.graph.inputs, graph.graph.outputs))
-    choices = {"pointwise": pointwise, "why": why}
-    return graph, Built(name, name, ir.to_proto(graph), inputs, outs, tuple(certificates), choices)
+    return graph, Built(name, name, ir.to_proto(graph), inputs, outs, tuple(certificates), choices, notes)
 
 
 def choose_pointwise(model: str, wish: str) -> tuple[Literal["dense", "grouped"], str]:

@@ -1,31 +1,33 @@
-"""The OpenVINO target: IR, `model.xml` with its `model.bin`, the weights in float32 or compressed to float16."""
+"""The OpenVINO target: IR, `model.xml` with its `model.bin`, the weights in float32, float16 or int8."""
 
 from __future__ import annotations
 
-import ast
 import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import openvino as ov
+from numpy.typing import NDArray
 from torch import nn
 
-from edgevit.contracts import Built
+from edgevit.contracts import Built, Calibration
 from edgevit.errors import ExportError, last_line
-from edgevit.specs import Ability, ExportSpec, ModelCard, NoOptions
+from edgevit.specs import Ability, ExportSpec, ModelCard, NoOptions, Size, size_text
 
 from . import passes
 from .capture import capture, single_thread
 from .deploy import DeploySpec, deploy
 from .files import file_names
+from .node_names import name_by_module
+from .quantize.equalise import equalise
+from .quantize.for_openvino import DERIVED, OpenvinoRecipe, quantize
 from .to_onnx import CACHE_BYTES, UNMEASURED, OnnxExporter, output_names, signature, to_graph
 
-SCOPES = "pkg.torch.onnx.name_scopes"  # where PyTorch's exporter notes the modules that a node came from
-DERIVED = "/WithoutBiases"  # what OpenVINO adds to a node's name for its product; the bias is added by another one
 SET_PRECISION = (
     "OpenVINO computes in bf16 where the processor has it unless told otherwise: an application that loads the model "
     "by itself sets INFERENCE_PRECISION_HINT to {hint}, as edgevit does"
@@ -44,18 +46,24 @@ class OpenvinoExporter:
 
     name = "openvino"
     runtime = checker = "ov"
-    precisions = ("fp32", "fp16", "bf16")
+    precisions = ("fp32", "fp16", "bf16", "int8")
     naive_suffix = ".onnx"
     OPTIONS = NoOptions
+    RECIPE = OpenvinoRecipe
 
     def export(
-        self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
+        self,
+        model: nn.Module,
+        card: ModelCard,
+        specs: Sequence[ExportSpec],
+        directory: Path,
+        calibration: Calibration | None = None,
     ) -> tuple[Built, ...]:
         """Write `model.xml` and `model.bin`; for several sizes `model-HxW.xml` and `model-HxW.bin` each."""
         with single_thread():
             outputs = output_names(model, specs[0])
         paths = [directory / name for name in file_names(card, specs, ".xml")]
-        made = [_build(model, card, spec, outputs, path) for spec, path in zip(specs, paths, strict=True)]
+        made = [_build(model, card, spec, calibration, outputs, path) for spec, path in zip(specs, paths, strict=True)]
         notes = () if len(specs) == 1 else (SEPARATE,)
         return tuple(replace(built, notes=(*built.notes, *notes)) for built in made)
 
@@ -84,39 +92,54 @@ class OpenvinoExporter:
         )
 
 
-def _build(model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], path: Path) -> Built:
+def _build(
+    model: nn.Module, card: ModelCard, spec: ExportSpec, calibration: Calibration | None, outputs: list[str], path: Path
+) -> Built:
     """Write the IR of one size and say what there is to say of it."""
     size = spec.image_size or card.image.size
     pointwise: Literal["dense", "grouped"] = "grouped" if spec.pointwise == "grouped" else "dense"
     why = GROUPED.get(card.name, UNMEASURED) if spec.pointwise == "auto" else "asked for"
+    images = _images(spec, size, calibration)
+    hint = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}[spec.precision]
+    stored = {"fp16": "f16", "int8": "i8"}.get(spec.precision, "f32")
+    choices: dict[str, Any] = {"pointwise": pointwise, "why": why, "weights": stored, "inference_precision": hint}
     shape = DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=CACHE_BYTES)
     with single_thread():
         form, certificates = deploy(model, shape)
-        graph = to_graph(capture(form, spec.batch, size), outputs)
+        program = capture(form, spec.batch, size)
+        if images is not None and spec.recipe.equalize:
+            program, choices["equalized"] = equalise(program, images)
+        graph = to_graph(program, outputs)
     graph = passes.run(graph, passes.CLEANUP)
     name_by_module(graph)  # before FINISH, which forgets the modules
     graph = passes.run(graph, passes.FINISH)
     inputs, outs = (tuple(signature(value) for value in side) for side in (graph.graph.inputs, graph.graph.outputs))
     proto = ir.to_proto(graph)
-    _save(to_ir(proto), path, half=spec.precision == "fp16")
-    hint = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[spec.precision]
-    stored = "f16" if spec.precision == "fp16" else "f32"
-    choices = {"pointwise": pointwise, "why": why, "weights": stored, "inference_precision": hint}
-    return Built(
-        path.name, path.name, proto, inputs, outs, tuple(certificates), choices, (SET_PRECISION.format(hint=hint),)
-    )
+    notes: tuple[str, ...] = (SET_PRECISION.format(hint=hint),)
+    converted = to_ir(proto)
+    if images is not None:
+        kinds = {node.name: node.op_type for node in proto.graph.node}
+        made = quantize(converted, kinds, spec.recipe, images, spec.batch)
+        converted, notes, choices = made.model, (*notes, *made.notes), choices | made.choices
+    _save(converted, path, half=spec.precision == "fp16")
+    return Built(path.name, path.name, proto, inputs, outs, tuple(certificates), choices, notes)
 
 
-def name_by_module(graph: ir.Model) -> None:
-    """Name each node after the module it came from: `blocks.0.attn.q/linear_3` in place of `node_linear_3`.
+def _images(spec: ExportSpec, size: Size, calibration: Calibration | None) -> NDArray[np.float32] | None:
+    """What int8 ranges are measured on, (n, 3, h, w); None for another precision.
 
-    The names live on in the IR, so that a profile says which part of the network takes the time.
+    Raises:
+        ExportError: int8 without pictures of this size.
     """
-    for node in graph.graph:
-        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-        module = scopes[-2] if len(scopes) > 1 else ""
-        if node.name is not None and module:
-            node.name = f"{module}/{node.name.removeprefix('node_')}"
+    if spec.precision != "int8":
+        return None
+    images = None if calibration is None else calibration.images.get(size)
+    if images is None or not len(images):
+        raise ExportError(
+            f"int8 at {size_text(size)}: no calibration pictures of this size, expected at least one; give some with "
+            "--calibration"
+        )
+    return images
 
 
 def to_ir(proto: onnx.ModelProto) -> ov.Model:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 from torch import nn
 
-from edgevit.contracts import Built
+from edgevit.contracts import Built, Calibration
 from edgevit.errors import MissingDependencyError, UsageError
-from edgevit.specs import MAX_BATCH, Ability, ExportSpec, ModelCard
+from edgevit.specs import MAX_BATCH, Ability, Certificate, ExportSpec, ModelCard
 
 from . import engine, passes
 from .build_script import write_build_script
@@ -25,7 +26,10 @@ from .capture import capture, single_thread
 from .deploy import DeploySpec, deploy
 from .files import file_names, save_graphs
 from .half import TIDY, Kept, ToHalf
+from .node_names import name_by_module
 from .opset import DecomposeHardSwish, DecomposeLayerNorm, lowering
+from .quantize.equalise import equalise
+from .quantize.for_tensorrt import TensorrtRecipe, quantise
 from .ranges import LIMIT, Ranges, measure_ranges
 from .to_onnx import OnnxExporter, output_names, signature, to_graph
 
@@ -60,12 +64,18 @@ class TensorrtExporter:
     name = "tensorrt"
     runtime = "trt"
     checker = "typed_ort"
-    precisions = ("fp32", "fp16")
+    precisions = ("fp32", "fp16", "int8")
     naive_suffix = ".onnx"
     OPTIONS = TensorrtOptions
+    RECIPE = TensorrtRecipe
 
     def export(
-        self, model: nn.Module, card: ModelCard, specs: Sequence[ExportSpec], directory: Path
+        self,
+        model: nn.Module,
+        card: ModelCard,
+        specs: Sequence[ExportSpec],
+        directory: Path,
+        calibration: Calibration | None = None,
     ) -> tuple[Built, ...]:
         """Write model.onnx, build.sh and perhaps model.engine; for several sizes one of each, as `model-HxW`.
 
@@ -76,7 +86,7 @@ class TensorrtExporter:
         with single_thread():
             outputs = output_names(model, specs[0])
         names = file_names(card, specs, ".onnx")
-        graphs = (_build(model, card, *each, outputs) for each in zip(specs, names, strict=True))
+        graphs = (_build(model, card, *each, outputs, calibration) for each in zip(specs, names, strict=True))
         made = save_graphs(graphs, directory, alone=len(specs) == 1)
         return tuple(_finish(built, spec, directory) for built, spec in zip(made, specs, strict=True))
 
@@ -107,30 +117,47 @@ class TensorrtExporter:
 
 
 def _build(
-    model: nn.Module, card: ModelCard, spec: ExportSpec, name: str, outputs: list[str]
+    model: nn.Module, card: ModelCard, spec: ExportSpec, name: str, outputs: list[str], calibration: Calibration | None
 ) -> tuple[ir.Model, Built]:
     """The graph for one size, and what there is to say of it once it is saved as `name`."""
     settings, size = spec.settings, spec.image_size or card.image.size
-    pointwise: Literal["dense", "grouped"] = "grouped" if spec.pointwise == "grouped" else "dense"
-    why = "not measured on a GPU: the form with fewer operators" if spec.pointwise == "auto" else "asked for"
-    with single_thread():
-        form, certificates = deploy(model, DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=None))
-        graph = to_graph(capture(form, spec.batch, size), outputs)
-    old = settings.oldest == "8.5"
-    written_out = (DecomposeHardSwish(),) if old else ()
-    graph = passes.run(graph, (*passes.CLEANUP, *written_out, *lowering(OPSETS[settings.oldest]), *passes.FINISH))
-    choices: dict[str, Any] = {"pointwise": pointwise, "why": why, "oldest": settings.oldest}
+    images = None if calibration is None or spec.precision != "int8" else calibration.images[size]
+    graph, certificates, choices = _float_graph(model, card, spec, outputs, images)
     notes: tuple[str, ...] = ()
-    if spec.precision == "fp16":
+    if images is not None:
+        placed, notes = quantise(graph, spec.recipe, images, spec.batch)
+        choices |= placed
+        graph = passes.run(graph, (*TIDY, *passes.FINISH))
+    if spec.precision != "fp32":
         ranges = measure_ranges(graph, card.image, size, spec.batch)
         half = ToHalf(ranges)
         graph = passes.run(graph, (half, *TIDY, *passes.FINISH))
         choices |= _half_choices(half, ranges)
-        notes = _half_notes(half)
-    if old:  # after float16, which keeps the operator in float32 as a whole: so are its parts
+        notes += _half_notes(half)
+    if settings.oldest == "8.5":  # after float16, which keeps the operator in float32 as a whole: so are its parts
         graph = passes.run(graph, (DecomposeLayerNorm(), *TIDY, *passes.FINISH))
     inputs, outs = (tuple(signature(value) for value in side) for side in (graph.graph.inputs, graph.graph.outputs))
     return graph, Built(name, name, ir.to_proto(graph), inputs, outs, tuple(certificates), choices, notes)
+
+
+def _float_graph(
+    model: nn.Module, card: ModelCard, spec: ExportSpec, outputs: list[str], images: NDArray[Any] | None
+) -> tuple[ir.Model, list[Certificate], dict[str, Any]]:
+    """The graph in float32 in the operators of the oldest TensorRT; its channels equalised where it becomes int8."""
+    settings, size = spec.settings, spec.image_size or card.image.size
+    pointwise: Literal["dense", "grouped"] = "grouped" if spec.pointwise == "grouped" else "dense"
+    why = "not measured on a GPU: the form with fewer operators" if spec.pointwise == "auto" else "asked for"
+    choices: dict[str, Any] = {"pointwise": pointwise, "why": why, "oldest": settings.oldest}
+    with single_thread():
+        form, certificates = deploy(model, DeploySpec(spec.batch, *size, pointwise=pointwise, cache_bytes=None))
+        program = capture(form, spec.batch, size)
+        if images is not None and spec.recipe.equalize:
+            program, choices["equalized"] = equalise(program, images)
+        graph = passes.run(to_graph(program, outputs), passes.CLEANUP)
+    name_by_module(graph)
+    written_out = (DecomposeHardSwish(),) if settings.oldest == "8.5" else ()
+    graph = passes.run(graph, (*written_out, *lowering(OPSETS[settings.oldest]), *passes.FINISH))
+    return graph, certificates, choices
 
 
 def _half_choices(half: ToHalf, ranges: Ranges) -> dict[str, Any]:

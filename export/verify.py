@@ -15,7 +15,8 @@ Outputs = Mapping[str, NDArray[np.float32]]
 # precision: largest difference of an output, smallest cosine. fp32 differs by summation order alone, about 1e-5 here;
 # 1e-3 is far above it and far below what moves a class. float16 rounds by 2^-11 and bfloat16 by 2^-8 at every operator:
 # 2.1 % and 14 % of the root mean square were the most seen, both on Mobile-Former, the deepest of the families.
-LIMITS = {"fp32": (1e-3, 0.99999), "fp16": (5e-2, 0.9999), "bf16": (2.5e-1, 0.999)}
+# int8 is judged by `evaluate`, on thousands of pictures; here a broken graph has to be told from a coarse one.
+LIMITS = {"fp32": (1e-3, 0.99999), "fp16": (5e-2, 0.9999), "bf16": (2.5e-1, 0.999), "int8": (1.0, 0.95)}
 
 
 def compare_outputs(expected: Outputs, actual: Outputs, precision: str, runtime: str) -> Parity:

@@ -124,6 +124,7 @@ class CoremlRuntime(ProgramRuntime):
             times.append(time.perf_counter() - begin)
         whole_ms = statistics.median(times) * 1e3 if times else 0.0
         types = {o.name: o.kind.name for s in program.steps for o in s.outputs if o.kind is not None}
+        types |= program.product_precisions
         macs = program.macs
         return tuple(
             OperatorTime(

@@ -28,6 +28,7 @@ from .mil_package import (
     shown,
     value_of,
 )
+from .mil_precision import product_precisions
 
 FUNCTION = "main"  # what Core ML runs unless a program says otherwise
 SPEC_VERSIONS = {6: "iOS15", 7: "iOS16", 8: "iOS17", 9: "iOS18", 10: "iOS26"}  # Model.proto
@@ -87,10 +88,26 @@ class Program:
     @property
     def precision(self) -> str:
         """Of its products, "fp16+fp32" where both occur; of every operator where it has no product."""
-        made = [(step.type, out.kind) for step in self.steps for out in step.outputs if out.kind]
-        floats = [(kind, made_by.name) for kind, made_by in made if made_by.floating]
-        products = {name for kind, name in floats if kind in PRODUCTS}
-        return "+".join(sorted(products or {name for _, name in floats})) or "none"
+        kinds = [out.kind for step in self.steps for out in step.outputs if out.kind]
+        products = set(self.product_precisions.values())
+        return "+".join(sorted(products or {kind.name for kind in kinds if kind.floating})) or "none"
+
+    @property
+    def product_precisions(self) -> dict[str, str]:
+        """By the name of what each product makes: the type that it computes in.
+
+        That is "int8" where all it multiplies was 8-bit just before, which a device may compute as such. Where that is
+        so of constants alone, they are named beside the type: "fp16, int8 weights".
+        """
+        return product_precisions([step for step in self.steps if step.type in PRODUCTS], self.steps, self.constants)
+
+    @property
+    def macs_shares(self) -> dict[str, float]:
+        """The share of the multiply-adds that each precision has."""
+        precisions, macs = self.product_precisions, self.macs
+        whole = sum(macs.values()) or 1
+        return {kind: sum(macs[n] for n, k in precisions.items() if k == kind) / whole
+                for kind in sorted(set(precisions.values()))}  # fmt: skip
 
     @property
     def running(self) -> list[Step]:
@@ -336,22 +353,35 @@ class ProgramRuntime:
 
     @property
     def asked_precision(self) -> str:
-        """`precision`."""
-        return self.precision
+        """`precision`; of a program whose weights alone are compressed, "int8" means what it is instead."""
+        if self.precision != "int8" or self._program is None or "int8" in self._program.product_precisions.values():
+            return self.precision
+        return _compressed(self._program) or self.precision
 
     @property
     def effective_precision(self) -> str:
         """The types of what the saved program's products make: the least that Core ML computes in.
 
-        A float16 program may keep products in float32, those that its export lists; what computes, `profile` tells.
+        A float16 program may keep products in float32, an int8 program in either: those that its export lists. What
+        computes, `profile` tells.
         """
-        found = self._loaded().precision
-        return "fp16" if self.asked_precision == "fp16" and found == "fp16+fp32" else found
+        program = self._loaded()
+        if self.precision == "int8":
+            return (
+                "int8" if "int8" in program.product_precisions.values() else _compressed(program) or program.precision
+            )
+        return "fp16" if self.precision == "fp16" and program.precision == "fp16+fp32" else program.precision
 
     def _loaded(self) -> Program:
         if self._program is None:
             raise RuntimeFailure(f"{self.path}: the Core ML program is not loaded")
         return self._program
+
+
+def _compressed(program: Program) -> str:
+    """What most products with compressed weights are, empty where there are none."""
+    shares = {kind: share for kind, share in program.macs_shares.items() if kind.endswith(" weights")}
+    return max(shares, key=lambda kind: shares[kind], default="")
 
 
 def _described(out: Output) -> TensorSpec:

@@ -122,6 +122,7 @@ class MilReference(ProgramRuntime):
             "providers": ["PyTorch on the CPU; no Core ML"],
             "threads": self.threads,
             "program": SPEC_VERSIONS[self._loaded().version],
+            "products": self._loaded().macs_shares,
             "first_problem": None if self.first_problem is None else str(self.first_problem),
         }
 
@@ -131,22 +132,30 @@ class MilReference(ProgramRuntime):
         Raises:
             RuntimeFailure: an operator failed, or an output is not finite; it names the first operator that was not.
         """
-        outputs = self._run(inputs)
-        for name, array in outputs.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise RuntimeFailure(f"{self.path}: output {shown(name)} is not finite: {self._reason(inputs)}")
-        return outputs
+        return self._finite(self._run(inputs), inputs)
+
+    def watch(self, inputs: Arrays, see: Callable[[str, NDArray[Any]], None]) -> None:
+        """Run once and tell `see` the name and the numbers of every floating value of the program, inputs included.
+
+        A program of a fixed batch gets fewer pictures repeated to fill it. The numbers are to be read at once: they are
+        the interpreter's own.
+
+        Raises:
+            RuntimeFailure: as `run` does; then `see` has been told a part.
+        """
+        fixed = {spec.name: spec.shape[0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], int)}
+        fed = {name: np.resize(a, (fixed.get(name, len(a)), *a.shape[1:])) for name, a in inputs.items()}
+        self._finite(self._tell(fed, see), fed)
 
     def ranges(self, inputs: Arrays) -> dict[str, tuple[float, float]]:
         """The lowest and the highest number of every floating value that the program makes, inputs included."""
-        found = {name: (float(array.min()), float(array.max())) for name, array in inputs.items()}
+        found: dict[str, tuple[float, float]] = {}
 
-        def see(step: Step, made: tuple[Any, ...]) -> None:
-            for out, value in zip(step.outputs, made, strict=True):
-                if out.kind is not None and out.kind.floating and value.numel():
-                    found[out.name] = (float(value.min()), float(value.max()))
+        def see(name: str, array: NDArray[Any]) -> None:
+            if array.size:
+                found[name] = (float(array.min()), float(array.max()))
 
-        self._run(inputs, see)
+        self._tell(inputs, see)
         return found
 
     def profile(self, inputs: Arrays, runs: int) -> tuple[OperatorTime, ...]:
@@ -166,12 +175,12 @@ class MilReference(ProgramRuntime):
         for _ in range(runs):
             last = time.perf_counter()
             self._run(inputs, see)
-        macs = self._loaded().macs
+        macs, precisions = self._loaded().macs, self._loaded().product_precisions
         return tuple(
             OperatorTime(
                 name=step.name,
                 kind=step.type,
-                precision=step.outputs[0].kind.name if step.outputs[0].kind else "none",
+                precision=precisions.get(step.name, step.outputs[0].kind.name if step.outputs[0].kind else "none"),
                 time_ms=statistics.median(spent[step.name]) * 1e3 if runs else 0.0,
                 origins=(step.name,),
                 macs=macs.get(step.name, 0),
@@ -182,6 +191,17 @@ class MilReference(ProgramRuntime):
     def close(self) -> None:
         """Drop the program and its weights, and forget its problems."""
         self._program = self.first_problem = self._last_problem = None
+
+    def _tell(self, inputs: Arrays, see: Callable[[str, NDArray[Any]], None]) -> dict[str, NDArray[Any]]:
+        for name, array in inputs.items():
+            see(name, array)
+
+        def told(step: Step, made: tuple[Any, ...]) -> None:
+            for out, value in zip(step.outputs, made, strict=True):
+                if out.kind is not None and out.kind.floating:
+                    see(out.name, value.numpy())
+
+        return self._run(inputs, told)
 
     def _run(self, inputs: Arrays, see: Seen = lambda step, made: None) -> dict[str, NDArray[Any]]:
         self._last_problem = None
@@ -280,6 +300,12 @@ class MilReference(ProgramRuntime):
         if not named or (products and products <= kinds):
             return "export with --precision fp32"
         return f"export with --option keep_fp32={','.join(named)} or --precision fp32"
+
+    def _finite(self, outputs: dict[str, NDArray[Any]], inputs: Arrays) -> dict[str, NDArray[Any]]:
+        for name, array in outputs.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise RuntimeFailure(f"{self.path}: output {shown(name)} is not finite: {self._reason(inputs)}")
+        return outputs
 
     def _reason(self, inputs: Arrays) -> str:
         """Why an output is not finite, and what to do."""

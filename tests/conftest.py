@@ -187,7 +187,7 @@ class TinyExporter:
     """Writes the tiny network with onnx.helper. `before` runs first; `change` may spoil the finished graph."""
 
     name, runtime, checker, precisions = "onnx", "ort", "ort", ("fp32",)
-    naive_suffix, OPTIONS = ".onnx", NoOptions
+    naive_suffix, OPTIONS, RECIPE = ".onnx", NoOptions, NoOptions
 
     def __init__(self) -> None:
         self.before: Callable[[Path], None] = lambda directory: None
@@ -195,7 +195,7 @@ class TinyExporter:
         self.profiles: tuple[str, ...] = ()  # what an export is linted for
         self.naive: list[Any] = []  # the modules of which the plain export was wanted
 
-    def export(self, model: Any, card: Any, specs: Any, directory: Path) -> Any:  # noqa: ARG002  # the contract's signature
+    def export(self, model: Any, card: Any, specs: Any, directory: Path, calibration: Any = None) -> Any:  # noqa: ARG002  # the contract's signature
         self.before(directory)
         return tuple(self.export_one(model, spec, len(specs) == 1, directory) for spec in specs)
 

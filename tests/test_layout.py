@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("export", "runtimes", "bench")  # the three beside the core
 FILE_LINES, LONG_FILE_LINES, FUNCTION_LINES = 400, 700, 45  # a model or test file may be long; no function may
 OUTSIDE_CORE = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")  # exporters and runtimes
-TORCH_FILES = {"checkpoint"}  # core files that may need torch; all of edgevit.models may too
+TORCH_FILES = {"checkpoint", "ranges", "stress", "train"}  # core files that may need torch, as all of edgevit.models
 
 Check = Callable[[Path], list[str]]
 

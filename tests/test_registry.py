@@ -35,7 +35,7 @@ def test_a_family_keeps_its_contract(family: str) -> None:
         assert (card.name, card.family) == (name, family)
         assert not any(side % card.size_multiple for side in card.image.size)
         assert card.url.startswith("https://") and card.origin
-        assert card.paper
+        assert card.paper or card.num_classes != 1000  # the small ones that ship trained are in no paper
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -44,7 +44,7 @@ def test_an_exporter_keeps_its_contract(name: str) -> None:
     assert made.name == name
     assert made.runtime in RUNTIMES
     assert made.precisions and len(set(made.precisions)) == len(made.precisions)
-    assert list(inspect.signature(made.export).parameters) == ["model", "card", "specs", "directory"]
+    assert list(inspect.signature(made.export).parameters) == ["model", "card", "specs", "directory", "calibration"]
     assert list(inspect.signature(made.export_naive).parameters) == ["model", "card", "spec", "path"]
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from .benching import benchmark
+from .calibrating import Pictures
 from .catalog import doctor, info, list_models
+from .evaluating import evaluate
 from .exporting import export_model
 from .ingesting import ingest
 from .linting import lint
 from .profiling import profile
 from .proving import verify
+from .quantizing import sensitivity
 from .running import load, predict
+from .simulating import simulate
 
 __all__ = [
+    "Pictures",
     "benchmark",
     "doctor",
+    "evaluate",
     "export_model",
     "info",
     "ingest",
@@ -22,5 +28,7 @@ __all__ = [
     "load",
     "predict",
     "profile",
+    "sensitivity",
+    "simulate",
     "verify",
 ]

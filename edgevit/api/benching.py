@@ -15,7 +15,8 @@ from edgevit.errors import RuntimeFailure, UnknownNameError, UsageError
 from edgevit.runtimes import Session
 from edgevit.specs import BenchReport, ExportSpec, Size, size_text
 
-from .exporting import Progress, export_model
+from .calibrating import Progress
+from .exporting import export_model
 from .profiling import attest
 from .proving import reference_of
 from .running import RunOn, load_at, obstacle_of, session_of

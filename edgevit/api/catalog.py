@@ -44,7 +44,7 @@ def info(model: str, image_size: Size | None = None, options: Mapping[str, Any] 
     size = check_image_size(image_size or card.image.size, card.size_multiple)
     kind = registry.family_of(model)[1].OPTIONS
     chosen = parse_options(kind, model, options or {})
-    count = counter(model, options or {})
+    count = counter(model, options or {}, num_classes=card.num_classes)
     counted = count(size)
     published = chosen == kind()
     comparable = published and size == card.image.size

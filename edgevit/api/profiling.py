@@ -108,10 +108,10 @@ def _judged(
 
 
 def declared_fp32(choices: Mapping[str, Any]) -> set[str]:
-    """The graph nodes that the export kept in float32 because float16 cannot hold them."""
-    kept = choices.get("kept_fp32")
-    entries = kept if isinstance(kept, list) else []
-    names = [entry.get("node") if isinstance(entry, dict) else entry for entry in entries]
+    """The graph nodes that the export kept in float32: float16 cannot hold them, or int8 does not suit them."""
+    lists = [choices.get(key) for key in ("kept_fp32", "kept_float")]
+    entries = [entry for kept in lists if isinstance(kept, list) for entry in kept]
+    names = [name for e in entries for name in ((e.get("node"), e.get("value")) if isinstance(e, dict) else (e,))]
     return {name for name in names if isinstance(name, str)}
 
 

@@ -14,11 +14,24 @@ from rich.console import Console
 from edgevit.specs import size_text
 
 from .arguments import parse_batch, parse_options, parse_sizes
-from .shell import ArtifactPath, Json, Options, Sizes, Weights, app, emit, plain, progress_bar
+from .shell import (
+    AllowFew,
+    ArtifactPath,
+    Calibration,
+    CalibrationPictures,
+    Json,
+    Options,
+    Sizes,
+    Weights,
+    app,
+    emit,
+    plain,
+    progress_bar,
+)
 
 KEPT = (  # of the manifest, in the document of an export
     "parity", "runtime", "model_file", "checked_file", "certificates", "files", "weights", "notes", "complexity",
-    "choices", "lint", "resolutions",
+    "choices", "lint", "calibration", "resolutions",
 )  # fmt: skip
 
 Classes = Annotated[int | None, typer.Option(help="Classes of the last layer; default: the checkpoint's.")]
@@ -26,6 +39,10 @@ Batch = Annotated[str, typer.Option(metavar="N|dynamic", help="Pictures an infer
 Gpus = Annotated[
     list[str] | None,
     typer.Option("--gpu", metavar="SM[,SM]...", help="TensorRT: build an engine ahead of time for these, e.g. sm89."),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(min=0, max=100, help="int8: points that may be lost; blocks go back to float until it holds."),
 ]
 
 
@@ -35,7 +52,7 @@ Gpus = Annotated[
 def export(
     model: str,
     to: Annotated[str, typer.Option("--to", metavar="TARGET", help="onnx, openvino, tensorrt or coreml.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16, or what else the target has: bf16 on OpenVINO.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8; on OpenVINO also bf16.")] = "fp32",
     weights: Weights = None,
     num_classes: Classes = None,
     image_size: Sizes = None,
@@ -44,6 +61,10 @@ def export(
     option: Options = None,
     gpu: Gpus = None,
     pointwise: Annotated[str, typer.Option(help="auto, dense or grouped 1x1 convolutions.")] = "auto",
+    calibration: Calibration = None,
+    calibration_pictures: CalibrationPictures = 256,
+    allow_few: AllowFew = False,
+    max_drop: MaxDrop = None,
     out: Annotated[Path, typer.Option(help="Directory in which the artifact is made.")] = Path("dist"),
     force: Annotated[bool, typer.Option(help="Replace an artifact that exists.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the random weights, where none are given.")] = 0,
@@ -55,22 +76,13 @@ def export(
     options = parse_options([*(option or []), *([f"gpu={','.join(gpu)}"] if gpu else [])])
     with progress_bar() as progress:
         artifact = api.export_model(
-            model,
-            to,
-            weights=weights,
-            num_classes=num_classes,
-            precision=precision,
-            image_size=parse_sizes(image_size),
-            batch=parse_batch(batch),  # type: ignore[arg-type]  # the only text it returns is "dynamic"
-            features_only=features_only,
-            options=options,
+            model, to, weights=weights, num_classes=num_classes, precision=precision,
+            image_size=parse_sizes(image_size), batch=parse_batch(batch),  # type: ignore[arg-type]  # the only text it returns is "dynamic"
+            features_only=features_only, options=options,
+            calibration=api.Pictures(calibration, calibration_pictures, allow_few), max_drop=max_drop,
             pointwise=pointwise,  # type: ignore[arg-type]  # the exporter checks it
-            out=out,
-            force=force,
-            seed=seed,
-            command=_command(),
-            progress=progress,
-        )
+            out=out, force=force, seed=seed, command=_command(), progress=progress,
+        )  # fmt: skip
     document = {"artifact": str(artifact.path)}
     document |= {key: artifact.manifest[key] for key in KEPT if key in artifact.manifest}
     emit(document, as_json, lambda console: _show_export(console, document))
@@ -98,6 +110,8 @@ def _show_export(out: Console, document: dict[str, Any]) -> None:
         if len(sizes) > 1:
             _show_parity(out, size, document["runtime"])
     _show_weights(out, document["weights"])
+    for size in sizes:
+        _show_int8(out, size["choices"], document["calibration"])
     for note in document["notes"]:
         out.print(plain(f"note        {note}"))
     if len(sizes) == 1:
@@ -114,6 +128,19 @@ def _show_parity(out: Console, size: dict[str, Any], runtime: str) -> None:
             )
         )
     out.print(_parity_line(size["parity"], "reference"))
+
+
+def _show_int8(out: Console, choices: dict[str, Any], calibration: dict[str, Any] | None) -> None:
+    """How much of an int8 export is int8, and what its ranges were measured on."""
+    if "quantized" not in choices:
+        return
+    counts = ", ".join(f"{count} {kind}" for kind, count in choices["quantized"].items()) or "nothing"
+    out.print(plain(f"int8        {counts}; {len(choices['kept_float'])} products stay float"))
+    if calibration:
+        unstable = choices.get("calibrated", {}).get("unstable", [])
+        moved = f", {len(unstable)} ranges still moved by over 10 %: more pictures may help" if unstable else ""
+        count = len(calibration["pictures"])
+        out.print(plain(f"calibrated  on {count} pictures of {calibration['source']}{moved}"))
 
 
 def _show_weights(out: Console, weights: dict[str, Any]) -> None:

@@ -41,6 +41,14 @@ Which = Annotated[
     typer.Option("--image-size", metavar="HxW", help="Of an artifact with several sizes; default: the first."),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Official .pth, bare state_dict or .safetensors.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR|FILE.npz|reference-task", help="Pictures that int8 ranges are measured on; 128 or more."
+    ),
+]
+CalibrationPictures = Annotated[int, typer.Option(min=1, metavar="N", help="How many of them are taken.")]
+AllowFew = Annotated[bool, typer.Option(help="Calibrate on fewer than 128 pictures.")]
 ArtifactPath = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A directory that `edgevit export` wrote.")]
 Runtime = Annotated[str | None, typer.Option(help="Another runtime than the target's own, e.g. ov for OpenVINO.")]
 RuntimeOptions = Annotated[

@@ -14,6 +14,8 @@ from torch import nn
 from edgevit import checkpoint
 from edgevit.errors import UsageError
 from edgevit.options import parse_options
+from edgevit.reference import trained
+from edgevit.reference.stress import stress
 from edgevit.registry import family_of
 from edgevit.specs import ModelCard
 
@@ -56,7 +58,9 @@ def create_model(
 
     Args:
         name: a registered model.
-        weights: an official .pth, a bare state_dict or .safetensors; without it the official initialisation, seeded.
+        weights: an official .pth, a bare state_dict or .safetensors, or the name of weights that ship with edgevit,
+            "reference-task" or "reference-task-stress"; without it those of the `*_tiny` networks that have some, else
+            the official initialisation, seeded.
         num_classes: outputs of the classifier; if not the checkpoint's, the last layer is new and a warning says so.
         features_only: return the maps of stride 4, 8, 16, 32 (and what else the family names) instead of logits.
         options: what the family takes beside, e.g. `spatial_dynamic_relu=True`.
@@ -87,17 +91,19 @@ def load_model(
     if not 0 <= seed <= MAX_SEED:
         raise UsageError(f"seed {seed}: expected 0 to {MAX_SEED}")
     choices = parse_options(family.OPTIONS, name, options or {})
-    read = None if weights is None else checkpoint.read_checkpoint(Path(weights))
+    if weights is None and family.CARDS[name].num_classes != DEFAULT_CLASSES:
+        weights = trained.PLAIN
+    read = None if weights is None else _read(name, weights)
     state = None if read is None else family.filter_checkpoint(dict(read.state))
-    classes = num_classes or _classes_of(state, family.CLASSIFIER)
+    classes = num_classes or _classes_of(state, family.CLASSIFIER, family.CARDS[name].num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = family.build(name, choices, num_classes=classes, features_only=features_only)
         if read is None and randomize:
             randomize_(module)
     if read is None or state is None:
-        record = {"source": "random", "seed": seed, "sha256": checkpoint.state_sha256(module.state_dict())}
-        return LoadedModel(module.eval(), family.CARDS[name], classes, record, ())
+        new = {"source": "random", "seed": seed, "sha256": checkpoint.state_sha256(module.state_dict())}
+        return LoadedModel(module.eval(), family.CARDS[name], classes, new, ())
     note = None
     if features_only:
         state = {key: tensor for key, tensor in state.items() if not key.startswith(family.HEAD_PREFIXES)}
@@ -105,15 +111,23 @@ def load_model(
         state, note = checkpoint.replace_classifier(module, state, family.CLASSIFIER)
     state, notes = family.fit_checkpoint(state, module)
     checkpoint.load_state(module, state, where=str(weights))
-    record = {"source": Path(str(weights)).name, "sha256": read.sha256, "entry": read.entry}
+    record: dict[str, Any] = {"source": Path(str(weights)).name, "sha256": read.sha256, "entry": read.entry}
+    if weights == trained.STRESSED:
+        done = stress(module)
+        record |= {"sha256": checkpoint.state_sha256(module.state_dict()), "enlarged": done.enlarged}
     return LoadedModel(module.eval(), family.CARDS[name], classes, record, (*([note] if note else []), *notes))
 
 
-def _classes_of(state: Mapping[str, torch.Tensor] | None, layer: str) -> int:
+def _read(name: str, weights: str | Path) -> checkpoint.Checkpoint:
+    """A file's weights, or those that ship under this name; a file of that name is reached as ./reference-task."""
+    return trained.read(name) if weights in trained.NAMES else checkpoint.read_checkpoint(Path(weights))
+
+
+def _classes_of(state: Mapping[str, torch.Tensor] | None, layer: str, default: int) -> int:
     """Rows of a checkpoint's classifier; the default where it has none, for the strict load to name what is wrong."""
     rows = None if state is None else state.get(f"{layer}.weight")
     if rows is None or rows.dim() != 2 or not 1 <= rows.shape[0] <= MAX_CLASSES:
-        return DEFAULT_CLASSES
+        return default
     return rows.shape[0]
 
 

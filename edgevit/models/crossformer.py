@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgevit.errors import UsageError
+from edgevit.reference import reference_card
 from edgevit.specs import ImageSpec, ModelCard
 
 from .layers import (
@@ -142,9 +143,9 @@ def _padded(height: int, width: int, lay: Grouping) -> tuple[int, int]:
 class DynamicPositionBias(nn.Module):
     """DPB: an MLP from the offset between two tokens to each head's bias, so that groups may have any size."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, ratio: int = BIAS_RATIO) -> None:
         super().__init__()
-        hidden = dim // BIAS_RATIO
+        hidden = dim // ratio
         self.pos_proj = nn.Linear(2, hidden)
         self.pos1 = nn.Sequential(nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, hidden))
         self.pos2 = nn.Sequential(nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, hidden))
@@ -159,9 +160,9 @@ class DynamicPositionBias(nn.Module):
 class GroupAttention(SelfAttention):
     """Self-attention inside groups, with a bias for each relative position."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, bias_ratio: int = BIAS_RATIO) -> None:
         super().__init__(dim, heads)
-        self.pos = DynamicPositionBias(dim, heads)
+        self.pos = DynamicPositionBias(dim, heads, bias_ratio)
 
     def position_bias(self, rows: int, columns: int) -> Tensor:
         """(k, n, n) for groups of `rows` x `columns`."""
@@ -183,11 +184,22 @@ class CrossFormerBlock(GroupedBlock):
 
     attn: GroupAttention
 
-    def __init__(self, dim: int, group: int, interval: int, rule: Rule, *, long_distance: bool, cooled: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        group: int,
+        interval: int,
+        rule: Rule,
+        *,
+        long_distance: bool,
+        cooled: bool,
+        head_width: int = HEAD_WIDTH,
+        bias_ratio: int = BIAS_RATIO,
+    ) -> None:
         super().__init__()
         self.group, self.interval, self.rule, self.long_distance = group, interval, rule, long_distance
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = GroupAttention(dim, dim // HEAD_WIDTH)
+        self.attn = GroupAttention(dim, dim // head_width, bias_ratio)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, MLP_RATIO * dim)
         self.ex_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if cooled else None
@@ -283,6 +295,8 @@ class Stage(nn.Module):
                 rule,
                 long_distance=bool(j % 2),
                 cooled=config.cooling and (j + 1) % COOLING_PERIOD == 0 and j < depth - 1,
+                head_width=config.head_width,
+                bias_ratio=config.bias_ratio,
             )
             for j in range(depth)
         )
@@ -348,6 +362,8 @@ class CrossFormerConfig:
     groups: tuple[int, int, int, int] = (7, 7, 7, 7)
     intervals: tuple[int, int, int, int] = (8, 4, 2, 1)
     cooling: bool = False
+    head_width: int = HEAD_WIDTH
+    bias_ratio: int = BIAS_RATIO
 
 
 def _plus(width: int, depths: tuple[int, int, int, int]) -> CrossFormerConfig:
@@ -364,6 +380,7 @@ CONFIGS = {
     "crossformerpp_b": _plus(96, (2, 2, 18, 2)),
     "crossformerpp_l": _plus(128, (2, 2, 18, 2)),
     "crossformerpp_h": _plus(128, (6, 6, 18, 2)),
+    "crossformer_tiny": CrossFormerConfig(16, (1, 1, 2, 1), head_width=16, bias_ratio=4),
 }
 
 
@@ -462,4 +479,5 @@ def _card(name: str) -> ModelCard:
     )
 
 
-CARDS = {name: _card(name) for name in CONFIGS}
+CARDS = {name: _card(name) for name in _FIGURES}
+CARDS["crossformer_tiny"] = reference_card(CARDS["crossformer_t"], "crossformer_tiny", 437_883, 98_999_724)

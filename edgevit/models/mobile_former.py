@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgevit.reference import reference_card
 from edgevit.specs import ModelCard
 
 BRIDGE_HEADS = 2
@@ -423,6 +424,9 @@ CONFIGS = {
             " D6,240,s2,4 S6,240,s1,4 S6,240,s1,4"
         ),
     ),
+    "mobileformer_tiny": MobileFormerConfig(
+        8, 3, 64, 256, rows=_rows("D3,12,s2,0 D4,24,s2,3 S3,24,s1,3 D4,40,s2,3 D4,64,s2,3")
+    ),
 }
 # fmt: on
 
@@ -490,3 +494,4 @@ CARDS = {
     )
     for name, (parameters, macs, top1) in _FIGURES.items()
 }
+CARDS["mobileformer_tiny"] = reference_card(CARDS["mobileformer_26m"], "mobileformer_tiny", 382_232, 16_565_056)

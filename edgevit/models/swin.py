@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgevit.errors import UsageError
+from edgevit.reference import reference_card
 from edgevit.specs import ImageSpec, ModelCard
 
 from .layers import (
@@ -224,7 +225,7 @@ class SwinTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config.width)
         dims = [config.width * 2**s for s in range(4)]
         self.layers = nn.ModuleList(
-            Stage(dim, depth, window, dim // HEAD_WIDTH, last=s == 3)
+            Stage(dim, depth, window, dim // config.head_width, last=s == 3)
             for s, (dim, depth) in enumerate(zip(dims, config.depths, strict=True))
         )
         if features_only:
@@ -258,12 +259,14 @@ class SwinConfig:
 
     width: int
     depths: tuple[int, int, int, int]
+    head_width: int = HEAD_WIDTH
 
 
 CONFIGS = {
     "swin_t": SwinConfig(96, (2, 2, 6, 2)),
     "swin_s": SwinConfig(96, (2, 2, 18, 2)),
     "swin_b": SwinConfig(128, (2, 2, 18, 2)),
+    "swin_tiny": SwinConfig(16, (1, 1, 2, 1), head_width=16),
 }
 
 
@@ -340,3 +343,4 @@ CARDS = {
     )
     for name, (parameters, macs, paper) in _FIGURES.items()
 }
+CARDS["swin_tiny"] = reference_card(CARDS["swin_t"], "swin_tiny", 364_475, 65_845_504)

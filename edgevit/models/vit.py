@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from edgevit.checkpoint import replace_classifier
 from edgevit.errors import UsageError
+from edgevit.reference import reference_card
 from edgevit.specs import MAX_SIDE, ImageSpec, ModelCard
 
 from .layers import INIT_STD, BlockSequence, GroupedBlock, Mlp, SelfAttention, init_weights
@@ -82,7 +83,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.distilled else None
         self.pos_embed = nn.Parameter(torch.zeros(1, config.prefix_tokens + grid * grid, dim))
-        self.blocks = BlockSequence(ViTBlock(dim, dim // HEAD_WIDTH) for _ in range(DEPTH))
+        self.blocks = BlockSequence(ViTBlock(dim, dim // config.head_width) for _ in range(config.depth or DEPTH))
         self.norm = nn.LayerNorm(dim, EPS)
         self.head = nn.Linear(dim, num_classes)
         self.head_dist = nn.Linear(dim, num_classes) if config.distilled else None
@@ -132,6 +133,8 @@ class ViTConfig:
 
     width: int
     distilled: bool = False
+    head_width: int = HEAD_WIDTH
+    depth: int | None = None  # None: DEPTH
 
     @property
     def prefix_tokens(self) -> int:
@@ -143,6 +146,7 @@ CONFIGS = {
     **{f"deit_{size}": ViTConfig(width) for size, width in WIDTHS.items()},
     **{f"deit_{size}_distilled": ViTConfig(width, distilled=True) for size, width in WIDTHS.items()},
     **{f"vit_{size}": ViTConfig(width) for size, width in WIDTHS.items()},
+    "vit_reference_tiny": ViTConfig(96, head_width=32, depth=4),
 }
 
 
@@ -267,4 +271,5 @@ def _card(name: str) -> ModelCard:
     return ModelCard(name, "vit", title, url, origin, parameters, macs, paper, image, PATCH, notes)
 
 
-CARDS = {name: _card(name) for name in CONFIGS}
+CARDS = {name: _card(name) for name in _FIGURES}
+CARDS["vit_reference_tiny"] = reference_card(CARDS["vit_tiny"], "vit_reference_tiny", 541_936, 131_404_032)

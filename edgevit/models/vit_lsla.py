@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from edgevit.errors import UsageError
+from edgevit.reference import reference_card
 from edgevit.specs import ImageSpec, ModelCard
 
 from .layers import (
@@ -125,11 +126,13 @@ class LslaBlock(WindowBlock):
 
     attn: LslaAttention
 
-    def __init__(self, dim: int, mlp_ratio: int, options: LslaOptions, *, shifted: bool) -> None:
+    def __init__(
+        self, dim: int, mlp_ratio: int, options: LslaOptions, *, shifted: bool, head_width: int = HEAD_WIDTH
+    ) -> None:
         super().__init__(options.window_size, shifted=shifted)
         self.mask_outer_bias = options.mask_outer_bias
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = LslaAttention(dim, dim // HEAD_WIDTH, options)
+        self.attn = LslaAttention(dim, dim // head_width, options)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio * dim)
 
@@ -181,13 +184,13 @@ class ConvMerging(nn.Module):
 class Stem(nn.Sequential):
     """Two 3x3 convolutions of stride 2, each with BatchNorm, a ReLU between them."""
 
-    def __init__(self, middle: int) -> None:
+    def __init__(self, middle: int, width: int) -> None:
         parts = {
             "conv1": nn.Conv2d(3, middle, 3, 2, 1, bias=False),
             "bn1": nn.BatchNorm2d(middle),
             "act": nn.ReLU(),
-            "conv2": nn.Conv2d(middle, WIDTH, 3, 2, 1, bias=False),
-            "bn2": nn.BatchNorm2d(WIDTH),
+            "conv2": nn.Conv2d(middle, width, 3, 2, 1, bias=False),
+            "bn2": nn.BatchNorm2d(width),
         }
         super().__init__(OrderedDict(parts))
 
@@ -204,11 +207,12 @@ class Stage(nn.Module):
 
     def __init__(self, index: int, config: LslaConfig, options: LslaOptions) -> None:
         super().__init__()
-        dim = WIDTH * 2**index
+        dim = (config.width or WIDTH) * 2**index
         merging = ConvMerging if config.merging == "conv" else PatchMerging
         self.downsample = merging(dim // 2) if index else None
         self.blocks = BlockSequence(
-            LslaBlock(dim, config.mlp_ratio, options, shifted=bool(i % 2)) for i in range(config.depths[index])
+            LslaBlock(dim, config.mlp_ratio, options, shifted=bool(i % 2), head_width=config.head_width)
+            for i in range(config.depths[index])
         )
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -224,11 +228,12 @@ class VitLsla(nn.Module):
     def __init__(self, config: LslaConfig, options: LslaOptions, num_classes: int, *, features_only: bool) -> None:
         super().__init__()
         self.features_only = features_only
-        self.stem = Stem(config.stem_width)
+        width = config.width or WIDTH
+        self.stem = Stem(config.stem_width, width)
         self.layers = nn.ModuleList(Stage(s, config, options) for s in range(4))
         if not features_only:
-            self.norm = nn.LayerNorm(8 * WIDTH)
-            self.head = nn.Linear(8 * WIDTH, num_classes)
+            self.norm = nn.LayerNorm(8 * width)
+            self.head = nn.Linear(8 * width, num_classes)
         self.apply(init_weights)
 
     def forward(self, image: Tensor) -> Tensor | Features:
@@ -254,12 +259,15 @@ class LslaConfig:
     mlp_ratio: int
     stem_width: int
     merging: Literal["linear", "conv"]
+    width: int | None = None  # None: WIDTH
+    head_width: int = HEAD_WIDTH
 
 
 CONFIGS = {
     "vit_lsla": LslaConfig((2, 4, 8, 2), 2, 48, "conv"),
     "vit_lsla_swin": LslaConfig((2, 2, 6, 2), 4, 48, "linear"),
     "vit_lsla_r3": LslaConfig((2, 2, 6, 2), 3, 96, "linear"),
+    "vit_lsla_tiny": LslaConfig((1, 1, 2, 1), 2, 16, "conv", width=16, head_width=16),
 }
 OPTIONS = LslaOptions
 CLASSIFIER = "head"
@@ -334,3 +342,4 @@ CARDS = {
     )
     for name, (parameters, macs) in _FIGURES.items()
 }
+CARDS["vit_lsla_tiny"] = reference_card(CARDS["vit_lsla"], "vit_lsla_tiny", 270_065, 58_018_048)

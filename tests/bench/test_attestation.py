@@ -47,6 +47,28 @@ def test_what_was_declared_may_run_in_float32_and_in_nothing_else() -> None:
     assert attest([ran("a", "fp16", 50), ran("head", "bf16", 50)], "fp16", 100, {"head"}).as_asked is False
 
 
+@pytest.mark.parametrize("kept", ["fp32", "fp16", "bf16"])
+def test_a_product_that_int8_leaves_out_may_run_in_any_float_type(kept: str) -> None:
+    operators = [ran("a", "int8", 60), ran("softmax", kept, 40)]
+    assert attest(operators, "int8", 100, {"softmax"}).as_asked is True
+    undeclared = attest(operators, "int8", 100)
+    assert undeclared.as_asked is False
+    assert undeclared.others_share == 0.4
+    assert f"beside: softmax in {kept}" in undeclared.verdict
+
+
+def test_of_other_precisions_no_other_float_type_is_meant() -> None:
+    for asked, real in (("fp16", "bf16"), ("bf16", "fp16"), ("fp32", "fp16")):
+        assert attest([ran("a", asked, 60), ran("b", real, 40)], asked, 100, {"b"}).as_asked is False
+
+
+@pytest.mark.parametrize("real", ["fp32", "fp16", "bf16", "unknown"])
+def test_int8_without_an_integer_product_is_refused_whatever_was_declared(real: str) -> None:
+    operators = [ran("a", real, 100), ran("add", "int8", 0, kind="QLinearAdd"), ran("q", "int8", None)]
+    assert attest(operators, "int8", 100, {"a"}).as_asked is False
+    assert attest([ran("a", "fp32", 100)], "fp16", 100, {"a"}).as_asked is True  # the rule is int8's alone
+
+
 @pytest.mark.parametrize("macs", [98, 102, 0])
 def test_what_is_not_covered_is_not_attested(macs: int) -> None:
     found = attest([ran("a", "fp32", macs)], "fp32", 100)

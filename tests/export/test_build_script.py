@@ -34,7 +34,7 @@ WAIT_S = 60  # for a script that ends in a second on a quiet machine
 def write_model(path: Path, batch: int | str = 1, precision: str = "fp16", name: str = "/norm/Sqrt") -> None:
     """A graph with one node that stays float32 between Casts, as the exporter leaves a norm."""
     shape = [batch, 3, 8, 8]
-    half = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
+    half = TensorProto.FLOAT if precision == "fp32" else TensorProto.FLOAT16
     nodes = [
         helper.make_node("Cast", ["image"], ["a"], "in", to=half),
         helper.make_node("Relu", ["a"], ["b"], "/relu/Relu"),

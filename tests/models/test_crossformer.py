@@ -91,7 +91,9 @@ DETECTION = {"group_size": (7, 7, 7, 7), "interval": (8, 4, 2, 1)}
 PYRAMID = {"group_size": (14, 14, 7, 7), "interval": (16, 8, 2, 1)}
 OLD = {"lda_mode": "old"}
 
-every_model = pytest.mark.parametrize("name", CONFIGS)
+PUBLISHED = [name for name, card in CARDS.items() if card.num_classes == 1000]  # the small network ships trained
+
+every_model = pytest.mark.parametrize("name", PUBLISHED)
 every_rule = pytest.mark.parametrize("rule", RULES)
 
 
@@ -135,7 +137,8 @@ def image(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 def test_every_config_has_its_counts_and_card() -> None:
     names = model_names("crossformer*")
-    assert names == list(COUNTS) == list(PARAMETERS) == list(MACS) == list(CONFIGS) == list(CARDS)
+    assert names == list(CONFIGS) == list(CARDS)
+    assert PUBLISHED == list(COUNTS) == list(PARAMETERS) == list(MACS)
 
 
 @every_model

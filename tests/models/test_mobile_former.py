@@ -37,7 +37,9 @@ COUNTS = {  # parameters, and entries of the official state_dict with BatchNorm'
 }
 SPATIAL = {"spatial_dynamic_relu": True}
 
-every_model = pytest.mark.parametrize("name", CONFIGS)
+PUBLISHED = [name for name, card in CARDS.items() if card.num_classes == 1000]  # the small network ships trained
+
+every_model = pytest.mark.parametrize("name", PUBLISHED)
 every_form = pytest.mark.parametrize("options", [{}, SPATIAL], ids=["shared", "spatial"])
 
 
@@ -60,7 +62,8 @@ def image(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_every_config_has_its_counts_and_card() -> None:
-    assert list(COUNTS) == list(CONFIGS) == list(CARDS)
+    assert list(COUNTS) == PUBLISHED
+    assert list(CONFIGS) == list(CARDS)
 
 
 @every_model

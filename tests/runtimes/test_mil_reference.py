@@ -387,3 +387,82 @@ def test_a_batch_of_any_size(save: Save, batch: int) -> None:
     assert runtime.inputs[0].shape == ("batch", 4)
     x = DRAW.normal(size=(batch, 4)).astype(np.float32)
     np.testing.assert_array_equal(only(runtime.run({"x": x})), np.maximum(x, 0).reshape(batch, 2, 2))
+
+
+# ---- what int8 is proven by
+
+
+def in_int8(x: Any, dtype: str = "int8") -> Any:
+    """`x` as eight bits and back."""
+    zero = np.dtype(dtype).type(0)
+    eight = mb.quantize(input=x, scale=np.float32(0.05), zero_point=zero, output_dtype=dtype)
+    return mb.dequantize(input=eight, scale=np.float32(0.05), zero_point=zero)
+
+
+LABELS = [
+    ("float", "", "fp32"),
+    ("weights", "int8", "fp32, int8 weights"),
+    ("weights", "palette", "fp32, 4-bit weights"),
+    ("activations", "", "fp32"),  # a float weight makes the product a float one
+    ("both", "int8", "int8"),
+    ("behind", "int8", "fp32, int8 weights"),  # what an activation was before something else changed it does not count
+]
+
+
+@pytest.mark.parametrize(("body", "weights", "label"), LABELS, ids=[f"{b}-{w}" for b, w, _ in LABELS])
+@pytest.mark.parametrize("ios", ["17", "18"])
+def test_a_product_is_int8_where_all_that_it_multiplies_was(
+    save: Save, ios: str, body: str, weights: str, label: str
+) -> None:
+    def program(x: Any) -> Any:
+        read = x if body in ("float", "weights") else in_int8(x)
+        return mb.linear(x=mb.relu(x=read) if body == "behind" else read, weight=WEIGHT)
+
+    runtime = loaded(save(program, (2, 64), ios=ios, change=compress(weights) if weights else None), "int8")
+    assert runtime.effective_precision == label
+    whole = label == "fp32"  # nothing of it is compressed: int8 was asked for in vain
+    assert runtime.asked_precision == ("int8" if whole else label)
+    rows = runtime.profile({}, 0)
+    assert [(row.precision, row.macs) for row in rows if row.macs] == [(label, 2 * 32 * 64)]
+    assert runtime.describe()["products"] == {label: 1.0}
+
+
+def test_weights_of_four_bits_are_not_called_int8(save: Save) -> None:
+    path = save(lambda x: mb.linear(x=in_int8(x), weight=WEIGHT), (2, 64), ios="18", change=compress("int4"))
+    assert loaded(path, "int8").effective_precision == "fp32, int4 weights"
+
+
+def test_the_share_of_each_precision_is_by_multiply_adds(save: Save) -> None:
+    def body(x: Any) -> Any:
+        y = in_int8(x)
+        return mb.matmul(x=mb.matmul(x=y, y=in_int8(x, "uint8"), transpose_y=True), y=x)
+
+    runtime = loaded(save(body, (2, 64)), "int8")
+    assert runtime.describe()["products"] == {"fp32": 0.5, "int8": 0.5}
+    assert runtime.effective_precision == "int8"
+
+
+# ---- watching
+
+
+def test_every_floating_value_is_shown_with_the_input(save: Save) -> None:
+    path = save(lambda x: mb.relu(x=in_int8(mb.mul(x=x, y=np.float32(2), name="double")), name="last"), (1, 3))
+    seen: dict[str, np.ndarray] = {}
+    loaded(path).watch({"x": np.array([[-1, 0.25, 2]], np.float32)}, lambda name, array: seen.update({name: array + 0}))
+    np.testing.assert_array_equal(seen["x"], [[-1, 0.25, 2]])
+    np.testing.assert_array_equal(seen["double"], [[-2, 0.5, 4]])
+    assert all(array.dtype == np.float32 for array in seen.values())  # no integers between
+    assert len(seen) == 4
+
+
+def test_a_fixed_batch_is_filled_by_repeating(save: Save) -> None:
+    seen: dict[str, np.ndarray] = {}
+    runtime = loaded(save(lambda x: mb.relu(x=x, name="last"), (3, 2)))
+    runtime.watch({"x": np.array([[1, -1]], np.float32)}, lambda name, array: seen.update({name: array + 0}))
+    np.testing.assert_array_equal(seen["last"], [[1, 0]] * 3)
+
+
+def test_watching_what_is_not_finite_fails_as_a_run_does(save: Save) -> None:
+    runtime = loaded(save(lambda x: mb.log(x=x, epsilon=np.float32(0)), (1, 2)))
+    with pytest.raises(RuntimeFailure, match="is not finite: first log"):
+        runtime.watch({"x": np.array([[-1, 1]], np.float32)}, lambda name, array: None)
