@@ -330,7 +330,8 @@ def compressed(converted: Any, chosen: Plan, recipe: CoremlRecipe, ranges: Mappi
     steps: list[Any] = []
     if chosen.activations:
         eight = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8", granularity="per_tensor")
-        config = cto.OptimizationConfig(op_name_configs={p.name: eight for p in chosen.activations})
+        made = {out.name: o for o in converted._mil_program.functions["main"].operations for out in o.outputs}
+        config = cto.OptimizationConfig(op_name_configs={made[p.name].name: eight for p in chosen.activations})
         before, behind = insert_prefix_quantize_dequantize_pair(config), insert_suffix_quantize_dequantize_pair()
         behind.config = config
         before.activation_stats = behind.activation_stats = {name: _ends(each) for name, each in ranges.items()}
@@ -370,15 +371,13 @@ def _prove(program: Any, chosen: Plan) -> None:
     Raises:
         ExportError: one is not.
     """
-    operations = {o.outputs[0].name: o for o in program.functions["main"].operations if o.outputs}
-    for products, wanted in ((chosen.activations, "dequantize"), (chosen.weights, "constexpr_")):
-        for product in products:
-            read = _read_by(operations[product.name]) if product.name in operations else []
-            if not any(v.op is not None and v.op.op_type.startswith(wanted) for v in read):
-                raise ExportError(
-                    f"int8 for Core ML: coremltools left {product.node} float; keep it so with "
-                    f"--option keep_float={product.node}"
-                )
+    operations = {out.name: o for o in program.functions["main"].operations for out in o.outputs}
+    wanted_by = [(p, "dequantize") for p in chosen.activations] + [(p, "constexpr_") for p in chosen.weights]
+    for product, wanted in wanted_by:
+        read = _read_by(operations[product.name]) if product.name in operations else []
+        if not any(v.op is not None and v.op.op_type.startswith(wanted) for v in read):
+            asked = f"keep it so with --option keep_float={product.node}"
+            raise ExportError(f"int8 for Core ML: coremltools left {product.node} float; {asked}")
 
 
 def _ends(values: Range) -> dict[str, float]:

@@ -277,13 +277,17 @@ def test_weights_alone_need_no_pictures_and_say_what_they_are(
 
 
 def test_a_palette_for_each_group_of_channels_is_closer(tmp_path: Path) -> None:
+    """One table for all serves the large channels; the small ones share what is left of it."""
     model = Small()
     model.q.weight.data[16:] *= 50
-    differences = []
+    small = model.q.weight.data[:16].numpy()
+    errors = []
     for ios in ("17", "18"):
-        (built,) = exported(tmp_path / ios, model, options={"ios": ios}, scheme="palette4")
-        differences.append(off(model, loaded(tmp_path / ios, built), pictures(1)))
-    assert differences[1] < differences[0]
+        (built,) = exported(tmp_path / ios, model, options={"ios": ios}, scheme="palette4", equalize=False)
+        program = loaded(tmp_path / ios, built)._program
+        stored = next(np.asarray(v) for name, v in program.constants.items() if name.startswith("p_q_weight_to_fp16_pal"))
+        errors.append(float(np.square(stored.reshape(model.q.weight.shape)[:16] - small).sum()))
+    assert errors[1] < 0.1 * errors[0]
 
 
 @pytest.mark.parametrize("bits", [4, 6])

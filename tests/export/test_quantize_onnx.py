@@ -230,8 +230,8 @@ def test_an_export_says_what_it_quantised_and_what_not(exported: tuple[Path, Bui
     assert choices["calibrated"]["pictures"] == 4
     reasons = Counter(kept["why"].partition(":")[0] for kept in choices["kept_float"])
     assert reasons["product of two activations"] > 10
-    assert reasons["depthwise or grouped convolution"] > 10
-    assert reasons["hyper network"] > 8
+    assert reasons["depthwise or grouped convolution"] >= 8
+    assert reasons["hyper network"] >= 8
     assert "kept in float32 because int8 would be no faster" in built.notes[0]
     names = {node.name for node in built.graph.graph.node}
     assert {kept["node"] for kept in choices["kept_float"]} <= names

@@ -141,14 +141,11 @@ def test_the_file_is_a_third_of_float32(shop: Any, tmp_path: Path) -> None:
 def test_what_stays_float_is_stored_small_and_computes_the_same(shop: Any, tmp_path: Path) -> None:
     model = shop.swin().float().eval()
     exported(model, tmp_path, keep_float=("*",))
-    types: dict[str, int] = {}
+    types = set()
     for op in ov.Core().read_model(tmp_path / "model.xml").get_ordered_ops():
         if op.get_type_name() == "Constant" and op.get_data().size >= for_openvino.STORED:
-            kinds = {port.get_node().get_type_name() for port in op.output(0).get_target_inputs()}
-            if "Multiply" not in kinds:
-                kind = op.get_element_type().get_type_name()
-                types[kind] = types.get(kind, 0) + 1
-    assert types["i8"] > 5 and set(types) <= {"i8", "f16", "i32", "i64"}
+            types.add(op.get_element_type().get_type_name())
+    assert types == {"i8", "f16"}
     with torch.no_grad():
         expected = model(torch.from_numpy(pictures(1))).numpy().ravel()
     with Session(OvRuntime(tmp_path / "model.xml", None, "fp32")) as session:
