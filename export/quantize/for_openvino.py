@@ -64,7 +64,8 @@ class OpenvinoRecipe(Recipe):
     """How a network becomes int8 for OpenVINO.
 
     preset: "performance" has symmetric activations, "mixed" asymmetric ones: finer steps for values that lie mostly on
-        one side of 0, for a zero point in every product.
+        one side of 0, for a zero point in every product. With all products of swin_t in int8 they were 2.15 times as
+        fast as float32, symmetric ones 2.34 times; Mobile-Former-294M 1.38 and 1.40 times.
     smooth_quant: NNCF's SmoothQuant too; `equalize` has moved the same spread before, exactly and for every target.
     bias_correction: what int8 shifts on average goes into the biases; "full" measures it again after every layer.
     depthwise: quantise convolutions in groups too.
@@ -252,14 +253,15 @@ def _in_half(values: NDArray[np.float32]) -> Any:
 
 
 def _in_int8(weights: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Weights as int8 with a scale for each row, or for each column where that halves the error.
+    """Weights as int8 with a scale for each row, or for each column where that halves what a weight loses on average.
 
     The second layer of a dynamic ReLU has the biases for one of its rows, which are far larger than the others.
     """
     axes = ((-1,), (-2,)) if weights.ndim < 4 else (tuple(range(1, weights.ndim)),)  # of a convolution o i h w
     found = [_scaled(weights, axis) for axis in axes]
-    errors = [float(np.square(rounded * scales - weights).sum()) for rounded, scales in found]
-    return found[-1] if errors[-1] < errors[0] / 2 else found[0]
+    least = np.maximum(np.abs(weights), np.finfo(np.float32).tiny)
+    lost = [float((np.abs(rounded * scales - weights) / least).mean()) for rounded, scales in found]
+    return found[-1] if lost[-1] < lost[0] / 2 else found[0]
 
 
 def _scaled(weights: NDArray[np.float32], axis: tuple[int, ...]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
