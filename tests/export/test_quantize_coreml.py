@@ -285,7 +285,7 @@ def test_a_palette_for_each_group_of_channels_is_closer(tmp_path: Path) -> None:
     for ios in ("17", "18"):
         (built,) = exported(tmp_path / ios, model, options={"ios": ios}, scheme="palette4", equalize=False)
         program = loaded(tmp_path / ios, built)._program
-        stored = next(np.asarray(v) for name, v in program.constants.items() if name.startswith("p_q_weight_to_fp16_pal"))
+        stored = next(np.asarray(v) for name, v in program.constants.items() if name.startswith("p_q_weight_to_fp16_"))
         errors.append(float(np.square(stored.reshape(model.q.weight.shape)[:16] - small).sum()))
     assert errors[1] < 0.1 * errors[0]
 
