@@ -13,6 +13,7 @@ from edgevit.specs import OperatorTime
 
 TYPES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "u8": "int8", "i8": "int8"}  # OpenVINO's word: ours
 DERIVED = "/WithoutBiases"  # on the product of a node with a bias; the executed graph has the node's own name
+SCALED = "/DequantizationMultiply"  # behind it: an int8 product that was fused with its scale
 NO_WORK = {"Const", "Input", "Output"}  # kinds of the executed graph that compute nothing
 ATTENTION = "ScaledDotProductAttention"  # two products: queries with keys, and weights with values
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul", ATTENTION)
@@ -51,12 +52,13 @@ def products(model: ov.Model, shapes: Mapping[str, Sequence[int]]) -> list[Produ
             name = op.get_friendly_name()
             readers = _readers(op)
             readers += [
-                after for reader in readers if reader.get_type_name() == "Multiply" for after in _readers(reader)
+                more for reader in readers if reader.get_type_name() == "Multiply" for more in _readers(reader)
             ]
             readers += [
-                after for one in (op, *readers) for after in _readers(one) if after.get_type_name() == "Convert"
+                more for one in (op, *readers) for more in _readers(one) if more.get_type_name() == "Convert"
             ]
-            names = (name, name.removesuffix(DERIVED), *(reader.get_friendly_name() for reader in readers))
+            after = (each.get_friendly_name() for each in readers)
+            names = (name, name + SCALED, name.removesuffix(DERIVED), *after)
             is_float = not all(_is_int8(op.input_value(index).get_node()) for index in (0, 1))
             node = name.removesuffix(DERIVED)
             if op.get_type_name() == ATTENTION:  # its values are float even where queries and keys are int8
@@ -117,16 +119,21 @@ def operators(op: Any, time_ms: float, costs: Mapping[str, Cost]) -> list[Operat
     stands beside, with its multiply-accumulates and without the time.
     """
     name, cost, precision = op.get_friendly_name(), costs[op.get_friendly_name()], _precision(op)
-    origins = tuple(dict.fromkeys(origin.removesuffix(DERIVED) for origin in _origins(op)))
+    origins = tuple(dict.fromkeys(_node_of(origin) for origin in _origins(op)))
     kind = text(op, "layerType")
     split = precision == "int8" and cost.int8 > 0 and cost.floats
     whole = OperatorTime(
-        name=name.removesuffix(DERIVED), kind=kind, precision=precision, time_ms=time_ms, origins=origins,
+        name=_node_of(name), kind=kind, precision=precision, time_ms=time_ms, origins=origins,
         macs=cost.int8 if split else cost.macs,
     )  # fmt: skip
     if not split:
         return [whole]
     return [whole, *(OperatorTime(one, kind, "fp32", 0.0, (one,), macs) for one, macs in cost.floats.items())]
+
+
+def _node_of(name: str) -> str:
+    """The graph's node that an executed name comes from."""
+    return name.removesuffix(SCALED).removesuffix(DERIVED)
 
 
 def _origins(op: Any) -> list[str]:
