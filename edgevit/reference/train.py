@@ -102,7 +102,8 @@ def train(name: str, pictures: Pictures, test: Pictures, *, seed: int = 0, resum
         for line in _phase(net, phase, pictures, rng, half=half):
             print(f"{name} {phase.side}: {line}, {time.monotonic() - started:.0f} s", flush=True)
         counts = accuracy(trained.rounded(net), test)
-        record = trained.save(name, net, [asdict(each) for each in plan.phases], counts, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        record = trained.save(name, net, [asdict(each) for each in plan.phases], counts, seconds, resumed=resume)
         print(f"{name}: {record['top1']:.4f} of {record['pictures']} test pictures", flush=True)
 
 

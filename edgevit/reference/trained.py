@@ -81,9 +81,15 @@ def rounded(net: nn.Module) -> nn.Module:
 
 
 def save(
-    name: str, net: nn.Module, phases: Sequence[dict[str, Any]], right: tuple[int, int], seconds: float
+    name: str,
+    net: nn.Module,
+    phases: Sequence[dict[str, Any]],
+    right: tuple[int, int],
+    seconds: float,
+    *,
+    resumed: bool = False,
 ) -> dict[str, Any]:
-    """Write the weights of a network and their record; return the record."""
+    """Write the weights of a network and their record; return the record. `seconds` is this run's, resumed or not."""
     import safetensors.torch
     import torch
 
@@ -102,7 +108,7 @@ def save(
         "top1_high": high,
         "pictures": right[1],
         "phases": list(phases),
-        "command": f"python -m edgevit.reference.train {name}",
+        "command": f"python -m edgevit.reference.train {name}{' --resume' * resumed}",
         "date": datetime.now(UTC).date().isoformat(),
         "seconds": round(seconds),
         "torch": torch.__version__,
