@@ -7,25 +7,16 @@ follows from the pictures on which they differ, and is several times narrower th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Z = 1.959963984540054  # of the normal distribution at 97.5 %: 95 % confidence, two sides
+from edgevit.shares import Figure, wilson
+
 MAX_SQNR_DB = 150.0  # of one picture: finer than float32 resolves, and equal outputs would make a mean infinite
 
 Hits = NDArray[np.bool_]  # (n,), one for each picture
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured figure and the ends of its 95 % interval: shares from 0 to 1, or points where the function says so."""
-
-    value: float
-    low: float
-    high: float
 
 
 def ranks(logits: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
@@ -37,21 +28,6 @@ def ranks(logits: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]]) -
     own = np.take_along_axis(logits, labels[:, None], axis=1)  # n classes -> n 1
     before = np.arange(logits.shape[1]) < labels[:, None]  # n classes
     return np.asarray(((logits > own) | ((logits == own) & before)).sum(axis=1))
-
-
-def wilson(hits: int, total: int) -> Figure:
-    """The share `hits` / `total` with its score interval.
-
-    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927). Unlike the textbook's, it stays within 0 to 1 and holds near
-    its ends, where good classifiers are. Raises ValueError on impossible counts.
-    """
-    if not 0 <= hits <= total or total == 0:
-        raise ValueError(f"{hits} of {total}: expected 0 or more of at least 1")
-    share, z2 = hits / total, Z * Z
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
-    low = 0.0 if hits == 0 else centre - half  # exact at the ends, where rounding would leave 1e-17
-    return Figure(share, low, 1.0 if hits == total else centre + half)
 
 
 def share(hits: Hits) -> Figure:

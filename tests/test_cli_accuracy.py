@@ -17,9 +17,9 @@ import edgevit
 from edgevit import api, inputs
 from edgevit.api import evaluating
 from edgevit.artifact import write_manifest
-from edgevit.bench.accuracy import wilson
 from edgevit.errors import RuntimeFailure
 from edgevit.manifest import MANIFEST
+from edgevit.shares import wilson
 
 COLOURS = {"a red": (220, 20, 20), "b green": (20, 220, 20), "c blue": (20, 20, 220)}
 

@@ -220,11 +220,6 @@ def test_a_small_network_without_its_weights_is_not_silently_random(copied: Path
         load_model("swin_tiny")
 
 
-def test_wilson_s_interval() -> None:
-    """Of 81 in 263, as in Newcombe, Statistics in Medicine 1998, table I."""
-    assert trained.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert trained.wilson(10, 10)[1] == pytest.approx(1)
-
 
 # ---- stress
 

@@ -22,7 +22,7 @@ from edgevit.specs import Batch, ImageSpec, Size
 from .running import RunOn, load_at, session_of
 
 if TYPE_CHECKING:
-    from edgevit.bench.accuracy import Figure
+    from edgevit.shares import Figure
 
 Progress = Callable[[float, str], None]  # share done, what is being done
 REFERENCE = "reference"  # an artifact of this name is given as ./reference

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevit.errors import CheckpointError, UsageError
+from edgevit.shares import wilson
 from edgevit.specs import ImageSpec
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ PLAIN, STRESSED = "reference-task", "reference-task-stress"  # what takes the pl
 NAMES = (PLAIN, STRESSED)
 IMAGE = ImageSpec()
 TESTED = 2048  # test pictures of the recorded accuracy: its 95 % interval is 2 points wide at 95 %
-Z = 1.959964  # of a 95 % interval
 
 
 def models() -> list[str]:
@@ -97,15 +96,15 @@ def save(
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.safetensors"
     safetensors.torch.save_file({key: t.contiguous().cpu() for key, t in state.items()}, path)
-    low, high = wilson(*right)
+    share = wilson(*right)
     record = {
         "model": name,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "bytes": path.stat().st_size,
         "parameters": sum(p.numel() for p in net.parameters()),
-        "top1": right[0] / right[1],
-        "top1_low": low,
-        "top1_high": high,
+        "top1": share.value,
+        "top1_low": share.low,
+        "top1_high": share.high,
         "pictures": right[1],
         "phases": list(phases),
         "command": f"python -m edgevit.reference.train {name}{' --resume' * resumed}",
@@ -122,10 +121,3 @@ def save(
 def write(name: str, record: Mapping[str, Any]) -> None:
     """Keep a record beside its weights."""
     (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (E. B. Wilson, JASA 1927), which is right near 0 and 1 too."""
-    share, slack = right / count, Z**2 / count
-    middle, half = share + slack / 2, Z * math.sqrt(share * (1 - share) / count + slack / (4 * count))
-    return (middle - half) / (1 + slack), (middle + half) / (1 + slack)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgevit.bench.accuracy import MAX_SQNR_DB, Hits, drop_points, ranks, share, sqnr_db, wilson
+from edgevit.bench.accuracy import MAX_SQNR_DB, Hits, drop_points, ranks, share, sqnr_db
+from edgevit.shares import wilson
 
 
 def paired(both: int, first: int, second: int, neither: int) -> tuple[Hits, Hits]:
