@@ -109,7 +109,7 @@ def test_a_record_says_how_the_weights_were_made(name: str) -> None:
     assert record["parameters"] == sum(p.numel() for p in loaded.module.parameters())
     assert record["top1_low"] < record["top1"] < record["top1_high"]
     assert record["pictures"] >= 2000
-    assert record["command"] == f"python -m edgevit.reference.train {name}"
+    assert record["command"].startswith(f"python -m edgevit.reference.train {name}")
 
 
 @every_shipped

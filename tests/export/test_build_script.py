@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -472,6 +472,15 @@ def test_a_second_build_starts_from_the_timing_cache(bench: Bench) -> None:
         assert (bench.out / "timing.cache").read_text() == "tactics\n" * count
 
 
+@pytest.fixture
+def heeding_interrupts() -> Iterator[None]:
+    """Tests started in the background of a script ignore SIGINT, and so would a shell that they start."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_interrupts")
 @pytest.mark.parametrize("shell", shells())
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_build_ends_trtexec_and_leaves_nothing(bench: Bench, shell: str, number: signal.Signals) -> None:
