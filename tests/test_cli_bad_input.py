@@ -570,7 +570,7 @@ from edgevit.specs import NoOptions
 class Slow:
     name, runtime, checker, precisions, OPTIONS = "onnx", "ort", "ort", ("fp32",), NoOptions
 
-    def export(self, model, card, spec, directory):
+    def export(self, model, card, spec, directory, calibration):
         (directory / "model.onnx").write_bytes(b"half")
         print("half written", file=sys.stderr, flush=True)
         time.sleep(60)
