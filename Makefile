@@ -59,7 +59,7 @@ bench-pointwise: $(READY) ## race the grouped against the dense form of 26M: wha
 bench-int8: $(READY) ## speed, size and accuracy of int8, as in the README; TABLES="speed size accuracy", LIMIT pictures
 	$(RUN) edgevit.cli.int8_study --duration $(DURATION) --limit $(LIMIT) $(TABLES)
 
-reference-nets: $(READY) ## train the small networks of the reference task anew: about an hour on two cores
+reference-nets: $(READY) ## train the small networks of the reference task anew: over two hours on one busy core
 	$(RUN) edgevit.reference.train
 	$(RUN) edgevit.reference.ranges
 

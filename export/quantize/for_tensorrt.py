@@ -30,7 +30,7 @@ MIN_CHANNELS = 16  # of a product's operand and result: an INT8 matrix instructi
 GROUPED_MULTIPLE, GROUPED_KERNEL = 8, 3  # channels and side of a grouped convolution for which there are INT8 kernels
 NUMBER = re.compile(r"\b\d+\b")  # in an expression of a dynamic length; names like s77 have none
 SHOWN = 3  # products that a note names; the manifest has all of them
-# What loses accuracy, by the module that a node came from. Measured: `edgevit sensitivity`.
+# What stays float by the module that a node came from: reasons from how it computes, not measured one by one.
 KEPT = {
     "*.slopes.*": "hyper network of a dynamic ReLU: its few numbers scale whole channels",
     "*.former.*": "token path: a handful of rows, and attention logits",
