@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from edgevit.contracts import Built, Calibration
 from edgevit.errors import ExportError, RuntimeFailure, UsageError
-from edgevit.export.quantize.for_coreml import FLOAT, LARGEST, SMALLEST, CoremlRecipe
+from edgevit.export.quantize.for_coreml import (
+    FLOAT,
+    LARGEST,
+    SMALLEST,
+    TRANSPOSED,
+    TWO_ACTIVATIONS,
+    CoremlRecipe,
+)
 from edgevit.export.quantize.palettes import palette
 from edgevit.export.to_coreml import CoremlExporter, CoremlOptions
 from edgevit.inputs import as_values
@@ -389,7 +396,11 @@ def test_a_network_of_each_family(shop: Any, tmp_path: Path, name: str) -> None:
     (built,) = exported(tmp_path, model, {size: pictures(4, size)})
     runtime = loaded(tmp_path, built)
     assert runtime.effective_precision == "int8"
-    assert runtime.describe()["products"]["int8"] > (0.4 if name == "residual" else 0.9)
+    kept = [entry for entry in built.choices["kept_float"] if entry["why"] not in FLOAT.values()]
+    assert {entry["why"] for entry in kept} <= {TWO_ACTIVATIONS, TRANSPOSED}  # what Core ML does not have in int8
+    found = list(precisions(runtime).values())
+    assert found.count("int8") == sum(built.choices["quantized"].values())
+    assert len(found) - found.count("int8") == len(built.choices["kept_float"])
     found, x = runtime.run({"image": pictures(1, size)})["logits"], torch.from_numpy(pictures(1, size))
     with torch.no_grad():
         expected = model(x).numpy()
