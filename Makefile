@@ -12,11 +12,13 @@ RUNTIME := ort
 DURATION := 20
 LIMIT := 2000
 TABLES :=
+GATES := 200 100 100
+STUDY := dist/gate-study.jsonl
 TARGETS := openvino tensorrt coreml
 PRECISIONS := fp32 fp16
 GPU := sm89
 
-.PHONY: help test test-slow lint demo exports bench-naive bench-pointwise bench-int8 reference-nets constraints clean \
+.PHONY: help test test-slow lint demo exports bench-naive bench-pointwise bench-int8 gate-study reference-nets constraints clean \
 	distclean
 
 help: ## say what each target does
@@ -58,6 +60,10 @@ bench-pointwise: $(READY) ## race the grouped against the dense form of 26M: wha
 
 bench-int8: $(READY) ## speed, size and accuracy of int8, as in the README; TABLES="speed size accuracy", LIMIT pictures
 	$(RUN) edgevit.cli.int8_study --duration $(DURATION) --limit $(LIMIT) $(TABLES)
+
+gate-study: $(READY) ## how often the gate errs, as in docs/gate.md; GATES of the same, 5 % and 10 % slower; hours
+	mkdir -p $(dir $(STUDY))
+	$(RUN) edgevit.cli.gate_study $(STUDY) --gates $(GATES)
 
 reference-nets: $(READY) ## train the small networks of the reference task anew: over two hours on one busy core
 	$(RUN) edgevit.reference.train

@@ -11,7 +11,6 @@ import numpy as np
 
 from edgevit.specs import LatencyResult
 
-from .machine import CpuLoad
 from .stats import format_ms, median, round_medians
 
 OUTLIER_SCORE = 3.5  # Iglewicz and Hoaglin, "How to Detect and Handle Outliers", 1993, recommend it for this score
@@ -19,9 +18,6 @@ NORMAL_SCALE = 0.6745  # makes a median absolute deviation comparable to a stand
 OUTLIER_SHARE = 0.05  # half of the tenth that p90 sets aside; isolated ones are normal on any system
 DRIFT_SHARE = 0.05  # a judgement: below it, either half tells the reader the same
 MIN_DRIFT_ROUNDS = 6  # three rounds a half: with fewer, one slow round is a half's median
-STEAL_SHARE = 0.01  # one sample in a hundred hit is enough to move p99
-MIN_STEAL_TICKS = 5  # a tick is 10 ms; fewer are the rounding of the counters
-LOAD_PER_CORE = 0.5  # with half the cores taken, a contestant that uses all of them must share
 
 
 def outliers(result: LatencyResult) -> Iterator[str]:
@@ -58,21 +54,3 @@ def drift(result: LatencyResult) -> Iterator[str]:
         yield f"{change} slower {figures}. The chip probably grew hot and lowered its clock. Let it cool, or cool it."
     else:
         yield f"{change} faster {figures}. The clock was probably still rising, or a program ended. Raise the duration."
-
-
-def busy_machine(before: CpuLoad, after: CpuLoad) -> Iterator[str]:
-    """Warn of cores taken away by the hypervisor during the run, and of a load average that was high before it."""
-    if before.steal_ticks is not None and after.steal_ticks is not None and before.ticks and after.ticks:
-        stolen, passed = after.steal_ticks - before.steal_ticks, after.ticks - before.ticks
-        if stolen >= MIN_STEAL_TICKS and stolen > STEAL_SHARE * passed:
-            yield (
-                f"{stolen / passed:.1%} of the CPU time was taken away by the hypervisor (steal). Another virtual "
-                "machine on the same host is probably busy. Repeat later; trust ratios more than times."
-            )
-    if before.load_average_1min is None or before.cores is None:
-        return
-    if before.load_average_1min > LOAD_PER_CORE * before.cores:
-        yield (
-            f"load average {before.load_average_1min:.2f} on {before.cores} cores before the run. Other programs were "
-            "probably running. Close them and repeat."
-        )

@@ -10,7 +10,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,12 @@ SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK
 Upsample Where Xor
 """
 PLAIN = frozenset(_PLAIN_NAMES.split())
+# What lower bounds on moved bytes follow from, by op kind: the output is the input seen otherwise; no more of the first
+# input is read than comes out; the output holds no more than the input did; the input need not be kept in full.
+IN_PLACE = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+PARTIAL = ("Gather", "GatherElements", "GatherND", "Slice")
+WIDENING = (*IN_PLACE, "Cast", "DequantizeLinear", "Expand", "Tile", "Transpose")
+NARROWING = ("Cast", "QuantizeLinear")
 STANDARD_DOMAINS = ("", "ai.onnx")  # two spellings of the same one
 
 
@@ -65,12 +71,41 @@ class _Tensor:
         return math.ceil(self.elements * self.dtype.bitwidth / 8)
 
 
+@dataclass(frozen=True)
+class Moved:
+    """A tensor that a node reads or writes, in the smallest form that it has.
+
+    One read through a DequantizeLinear or a Cast is as large as what is behind, a table as the rows gathered from it.
+    """
+
+    name: str
+    elements: int
+    bits: int
+    stored: bool
+
+    def size_bytes(self, bits: int) -> float:
+        """Its size in a run that keeps values in this many `bits`: those of a float32 file may be moved as 16."""
+        return self.elements * min(self.bits, bits) / 8
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """Multiply-accumulates of a node, and the tensors that it cannot do without; those of unknown size are left out.
+
+    A tensor that is another one seen otherwise (a Reshape's) has the other's name.
+    """
+
+    macs: int
+    reads: tuple[Moved, ...]
+    writes: tuple[Moved, ...]
+
+
 class _Graph:
     """The main graph after shape inference: its tensors by name and which of them are stored in the file."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = model.graph
-        self.nodes = list(graph.node)
+        self.nodes, self.outputs = list(graph.node), list(graph.output)
         self.tensors = dict(_typed(*graph.input, *graph.output, *graph.value_info))
         initializers = {t.name: _Tensor(onnx_ir.DataType(t.data_type), tuple(t.dims)) for t in graph.initializer}
         self.tensors.update(initializers)
@@ -139,18 +174,65 @@ def macs_by_node(model: str | Path | onnx.ModelProto) -> dict[str, int]:
 
     Their sum is `count_onnx(model).macs`. Raises what `count_onnx` raises.
     """
+    return {name: cost.macs for name, cost in costs_by_node(model).items() if cost.macs}
+
+
+def costs_by_node(model: str | Path | onnx.ModelProto, batch: int = 1) -> dict[str, NodeCost]:
+    """What each node computes and moves, by its name, or its first output's where it has none.
+
+    Nodes that depend on stored tensors alone are left out, as in `count_onnx`; what they make counts as stored. A
+    dynamic batch counts as `batch`. Raises what `count_onnx` raises.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else _load(Path(model)))
-    _fix_batch(proto)
+    _fix_batch(proto, batch)
     for tensor in proto.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT:
             tensor.ClearField("raw_data")  # shapes do not depend on weights, and inferring them copies all of it
     graph = _Graph(_infer(proto))
-    nodes = [node for node in _live_nodes(graph) if _kind(node) in COUNTERS]
-    macs = Counter[str]()
-    for node in nodes:
-        macs[node.name or node.output[0]] += COUNTERS[_kind(node)](graph, node)
-    return dict(macs)
+    live = list(_live_nodes(graph))
+    alive = {name for node in live for name in node.output}
+    stored = {name for node in graph.nodes for name in node.output if name not in alive}.union(graph.stored)
+    smallest, seen_as = _smallest(graph), dict[str, str]()
+    costs = dict[str, NodeCost]()
+    for node in live:
+        kind, reads, writes = _kind(node), list[Moved](), list[Moved]()
+        if kind in IN_PLACE:
+            seen_as[node.output[0]] = seen_as.get(node.input[0], node.input[0])
+        elif kind != "Shape":  # which looks at no values
+            sized = [name for name in node.input if name in smallest]
+            reads = [Moved(seen_as.get(name, name), *smallest[name], name in stored) for name in sized]
+            writes = [Moved(name, *smallest[name], stored=False) for name in node.output if name in smallest]
+        if kind in PARTIAL and reads and writes:
+            reads[0] = replace(reads[0], elements=min(reads[0].elements, writes[0].elements))
+        macs = COUNTERS[kind](graph, node) if kind in COUNTERS else 0
+        key = node.name or node.output[0]
+        same = costs.get(key, NodeCost(0, (), ()))  # two nodes of one name count together
+        costs[key] = NodeCost(same.macs + macs, (*same.reads, *reads), (*same.writes, *writes))
+    return costs
+
+
+def _smallest(graph: _Graph) -> dict[str, tuple[int, int]]:
+    """(elements, bits) of each tensor of known size, those of what it is widened from or narrowed to where smaller."""
+    found = {
+        name: (tensor.elements, tensor.dtype.bitwidth)
+        for name, tensor in graph.tensors.items()
+        if tensor.elements is not None and tensor.size_bytes is not None
+    }
+    readers = Counter(name for node in graph.nodes for name in node.input)
+    readers.update(value.name for value in graph.outputs)
+
+    def smaller(name: str, other: str) -> None:
+        if name in found and other in found:
+            found[name] = min(found[name], found[other], key=math.prod)
+
+    for node in graph.nodes:  # in the order of computation: what widens takes the form of what it widens
+        if node.op_type in WIDENING and node.input and node.output:
+            smaller(node.output[0], node.input[0])
+    for node in reversed(graph.nodes):  # what is read by one that narrows it, and by no other, is never needed wide
+        if node.op_type in NARROWING and node.input and node.output and readers[node.input[0]] == 1:
+            smaller(node.input[0], node.output[0])
+    return found
 
 
 def count_module(model: nn.Module, image_size: tuple[int, int]) -> ModuleCount:
@@ -249,15 +331,15 @@ def _load(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _fix_batch(model: onnx.ModelProto) -> list[str]:
-    """Set the unknown first dimension of every input to 1 in place, forget shapes that used it, and say so."""
+def _fix_batch(model: onnx.ModelProto, batch: int = 1) -> list[str]:
+    """Set the unknown first dimension of every input to `batch` in place, forget shapes that used it, and say so."""
     stored = {tensor.name for tensor in model.graph.initializer}
     notes = []
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim
         if value.name not in stored and len(dims) and not dims[0].HasField("dim_value"):
-            notes.append(f"dynamic batch {dims[0].dim_param or '?'!r} of input {value.name!r} counted as 1")
-            dims[0].dim_value = 1
+            notes.append(f"dynamic batch {dims[0].dim_param or '?'!r} of input {value.name!r} counted as {batch}")
+            dims[0].dim_value = batch
     if notes:
         fixed = [value for value in model.graph.value_info if _is_static(value)]
         del model.graph.value_info[:]

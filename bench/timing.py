@@ -19,7 +19,6 @@ from edgevit.errors import UsageError
 from edgevit.specs import BenchReport, LatencyResult
 
 from . import cautions
-from .machine import CpuLoad, cpu_load
 from .stats import (
     MIN_ROUNDS,
     compare,
@@ -29,13 +28,14 @@ from .stats import (
     median,
     needed_samples,
 )
+from .watch import Change, Moment, changes, look
 
 ROUNDS = 50  # a round is a fiftieth of the race (0.1 s per contestant of 5 s): short against drift, long to switching
 MIN_TURN = 3  # samples: the fewest whose median survives one interrupted run
 WARMUP_BATCH = 5  # runs: the fewest whose median survives two interrupted runs
 WARMUP_GAIN = 0.05  # a batch faster than the last by less is settled: five runs cannot tell less from noise
 WARMUP_SHARE = 0.1  # of the duration at least: clocks take tenths of a second to rise, very fast models less to settle
-REQUIRED_UP_TO = 90  # percentiles above it are taken if the time allows: p99 of a slow model would take minutes
+WANTED = 90.0  # a percentile above it is taken if the time allows: p99 of a slow model would take minutes
 
 Progress = Callable[[float, str], None]
 
@@ -56,15 +56,18 @@ class Contestant:
 class BenchSettings:
     """How long to measure and what is wanted. Durations are seconds per contestant on average, without the warm-up.
 
-    A slow model is measured past `duration_s` until p50 and p90 are supported, but not past `max_duration_s` (or
-    `duration_s`, if that is longer) by more than a round. `max_samples` ends a race whose clock stands still.
+    A slow model is measured past `duration_s` until the percentiles up to `wanted` are supported, but not past
+    `max_duration_s` (or `duration_s`, if that is longer) by more than a round. `max_samples` ends a race whose clock
+    stands still. Of a race in `parts` these are the settings of one part: together they have the samples.
     """
 
     duration_s: float = 5.0
     max_duration_s: float = 60.0
     max_samples: int = 200_000
     percentiles: tuple[float, ...] = (50, 90, 99)
+    wanted: float = WANTED
     seed: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         for name in ("duration_s", "max_duration_s"):
@@ -75,38 +78,56 @@ class BenchSettings:
         if not all(0 < q < 100 for q in self.percentiles):
             raise UsageError(f"percentiles {self.percentiles}: expected numbers above 0 and below 100")
 
+    @property
+    def needed(self) -> int:
+        """Samples per contestant without which the race goes on past its duration."""
+        wanted = max((needed_samples(q) for q in self.percentiles if q <= self.wanted), default=1)
+        return math.ceil(wanted / self.parts)
+
+
+@dataclass(frozen=True)
+class Race(BenchReport):
+    """A race and the machine meanwhile: `moments` were taken before the first round and after each."""
+
+    moments: tuple[Moment, ...] = ()
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """What changed on the machine while the rounds were run."""
+        return changes(self.moments)
+
 
 def measure(
     contestants: Sequence[Contestant],
     settings: BenchSettings | None = None,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = lambda fraction, text: None,
-    load: Callable[[], CpuLoad] = cpu_load,
-) -> BenchReport:
+    watch: Callable[[], Moment] = look,
+) -> Race:
     """Race `contestants` and return their times; the first is the baseline that each later one is compared with.
 
-    `clock` gives seconds, `progress` receives a fraction from 0 to 1 and a line of text between turns, `load` reads the
-    CPU counters before and after. Raises UsageError on no contestants or equal names. What `run` raises goes through,
-    as does Ctrl-C; no result is returned then.
+    `clock` gives seconds, `progress` receives a fraction from 0 to 1 and a line of text between turns, `watch` looks
+    at the machine before the first round and after each. Raises UsageError on no contestants or equal names. What `run`
+    raises goes through, as does Ctrl-C; no result is returned then.
     """
     settings = settings or BenchSettings()
     _check_names([contestant.name for contestant in contestants])
-    load_before = load()
-    with _collector_off():
+    with collector_off():
         lanes = [_warm_up(contestant, settings, clock, progress) for contestant in contestants]
-        rounds, stopped_by = _race(lanes, settings, clock, progress)
+        moments, stopped_by = _race(lanes, settings, clock, progress, watch)
+    rounds = len(moments) - 1
     results = tuple(lane.result(settings.percentiles) for lane in lanes)
     warnings = [text for result in results for check in (cautions.outliers, cautions.drift) for text in check(result)]
-    warnings += cautions.busy_machine(load_before, load())
     warnings += _cut_short(stopped_by, rounds, len(results[0].samples_ms), settings)
     progress(1.0, f"{rounds} rounds")
-    return BenchReport(
+    return Race(
         results=results,
         comparisons=tuple(compare(results[0], other, settings.seed) for other in results[1:]),
         warnings=tuple(warnings),
         rounds=rounds,
         seed=settings.seed,
         stopped_by=stopped_by,
+        moments=tuple(moments),
     )
 
 
@@ -176,29 +197,34 @@ def _turn_runs(lanes: Sequence[_Lane], settings: BenchSettings) -> int:
 
 
 def _race(
-    lanes: Sequence[_Lane], settings: BenchSettings, clock: Callable[[], float], progress: Progress
-) -> tuple[int, Literal["duration", "time limit", "sample limit"]]:
+    lanes: Sequence[_Lane],
+    settings: BenchSettings,
+    clock: Callable[[], float],
+    progress: Progress,
+    watch: Callable[[], Moment],
+) -> tuple[list[Moment], Literal["duration", "time limit", "sample limit"]]:
     """Run rounds until one of the three ends; every round is complete, since rounds are what is compared."""
     order = random.Random(settings.seed)
     turn_runs = _turn_runs(lanes, settings)
     longest_s = max(settings.duration_s, settings.max_duration_s)
+    moments = [watch()]
     start = clock()
-    index = 0
     while True:
+        index = len(moments) - 1
         elapsed_s = (clock() - start) / len(lanes)
         samples = index * turn_runs
-        done = min(elapsed_s / settings.duration_s, samples / _required(settings), index / MIN_ROUNDS)
+        done = min(elapsed_s / settings.duration_s, samples / settings.needed, index / MIN_ROUNDS)
         if done >= 1:
-            return index, "duration"
+            return moments, "duration"
         if elapsed_s >= longest_s:
-            return index, "time limit"
+            return moments, "time limit"
         if samples >= settings.max_samples:
-            return index, "sample limit"
+            return moments, "sample limit"
         fraction = max(done, elapsed_s / longest_s, samples / settings.max_samples)
         progress(fraction, f"round {index + 1}, {samples} samples each")
         for lane in order.sample(lanes, len(lanes)):  # a random order: a rotation could beat in time with the machine
             lane.take_turn(index, turn_runs, clock)
-        index += 1
+        moments.append(watch())
 
 
 def _times_ms(run: Callable[[], object], count: int, clock: Callable[[], float]) -> list[float]:
@@ -211,17 +237,12 @@ def _times_ms(run: Callable[[], object], count: int, clock: Callable[[], float])
     return times_ms
 
 
-def _required(settings: BenchSettings) -> int:
-    """Return the samples per contestant without which the race goes on past its duration."""
-    return max((needed_samples(q) for q in settings.percentiles if q <= REQUIRED_UP_TO), default=1)
-
-
 def _cut_short(stopped_by: str, rounds: int, samples: int, settings: BenchSettings) -> Iterator[str]:
     """Warn of a race that a limit ended before its samples were enough or its duration had passed."""
     if stopped_by == "time limit":
         yield (
             f"the limit of {max(settings.duration_s, settings.max_duration_s):g} s per contestant ended the run at "
-            f"{rounds} rounds and {samples} samples; {_required(settings)} samples and {MIN_ROUNDS} rounds are needed. "
+            f"{rounds} rounds and {samples} samples; {settings.needed} samples and {MIN_ROUNDS} rounds are needed. "
             "An inference is probably too slow for this limit. Raise max_duration_s."
         )
     if stopped_by == "sample limit":
@@ -242,7 +263,7 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _collector_off() -> Iterator[None]:
+def collector_off() -> Iterator[None]:
     """Keep Python's cyclic garbage collector out of the times, as timeit does; it is no part of an inference."""
     was_on = gc.isenabled()
     gc.collect()
@@ -260,7 +281,8 @@ def measure_loads(
     settings: BenchSettings | None = None,
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress = lambda fraction, text: None,
-) -> BenchReport:
+    watch: Callable[[], Moment] = look,
+) -> Race:
     """`loads` races, each with freshly loaded contestants that share the duration; their rounds are pooled.
 
     One load of a model may be a percent faster than the next for as long as it lives; pooling several makes that part
@@ -268,30 +290,46 @@ def measure_loads(
     where the next load will lie.
     """
     settings = settings or BenchSettings()
-    share = replace(settings, duration_s=settings.duration_s / loads, max_duration_s=settings.max_duration_s / loads)
+    share = replace(
+        settings,
+        duration_s=settings.duration_s / loads,
+        max_duration_s=settings.max_duration_s / loads,
+        parts=loads,
+    )
     reports = []
     for i in range(loads):
         with load() as contestants:
             part = replace(share, seed=settings.seed + i)
-            reports.append(measure(contestants, part, clock, part_of(progress, i, loads)))
+            reports.append(measure(contestants, part, clock, part_of(progress, i, loads), watch))
     results = tuple(_pooled(parts, settings) for parts in zip(*(r.results for r in reports), strict=True))
     warnings = tuple(dict.fromkeys(w for r in reports for w in r.warnings))
     comparisons = tuple(compare(results[0], other, settings.seed) for other in results[1:])
-    return BenchReport(
-        results, comparisons, warnings, sum(r.rounds for r in reports), settings.seed, reports[-1].stopped_by
-    )
+    return Race(
+        results, comparisons, warnings, sum(r.rounds for r in reports), settings.seed, reports[-1].stopped_by,
+        # A load's first moment is left out: its loading then counts to its first round, and rounds keep their numbers.
+        moments=(reports[0].moments[0], *(moment for r in reports for moment in r.moments[1:])),
+    )  # fmt: skip
 
 
 def document(
-    reports: Sequence[BenchReport], settings: BenchSettings, threads: int | None, loads: int, machine: dict[str, Any]
+    reports: Sequence[Race], settings: BenchSettings, threads: int | None, loads: int, machine: dict[str, Any]
 ) -> dict[str, Any]:
-    """Races as one JSON document; `comparison` is the first of `comparisons`, or None where nothing raced."""
+    """Races as one JSON document; `comparison` is the first of `comparisons`, or None where nothing raced.
+
+    `changes` says what changed on the machine meanwhile, `machine_changed` of a result names the kinds of its race.
+    """
+    changed = [report.changes for report in reports]
     comparisons = [{**asdict(c), "verdict": describe_comparison(c)} for report in reports for c in report.comparisons]
     return {
-        "results": [_result_record(result) for report in reports for result in report.results],
+        "results": [
+            {**_result_record(result), "machine_changed": [change.kind for change in seen]}
+            for report, seen in zip(reports, changed, strict=True)
+            for result in report.results
+        ],
         "comparison": comparisons[0] if comparisons else None,
         "comparisons": comparisons,
         "warnings": list(dict.fromkeys(warning for report in reports for warning in report.warnings)),
+        "changes": [asdict(change) for change in dict.fromkeys(change for seen in changed for change in seen)],
         "settings": {**asdict(settings), "threads": threads, "loads": loads},
         "machine": machine,
     }

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,16 @@ from numpy.typing import NDArray
 
 from edgevit.contracts import Built
 from edgevit.errors import ArtifactError, OutputError, UsageError
-from edgevit.manifest import BY_SIZE, MANIFEST, SAMPLE, SCHEMA_VERSION, os_reason, read_manifest
+from edgevit.manifest import (
+    BY_SIZE,
+    MANIFEST,
+    SAMPLE,
+    SCHEMA_VERSION,
+    accuracy_key,
+    are_accuracies,
+    os_reason,
+    read_manifest,
+)
 from edgevit.options import as_json
 from edgevit.specs import Complexity, ExportSpec, ImageSpec, Parity, Size, as_size, size_list, size_text
 
@@ -235,6 +245,52 @@ def write_manifest(stage: Path, manifest: Mapping[str, Any]) -> None:
     ]
     document = {"schema_version": SCHEMA_VERSION, **manifest, "files": files}
     (stage / MANIFEST).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def record_accuracy(artifact: Artifact, record: Mapping[str, Any]) -> None:
+    """Put one accuracy into the manifest on disk; an older one of the same size and pictures is replaced.
+
+    Nothing else in the manifest changes, and no other file. Read again first: evaluating takes long.
+
+    Raises:
+        ArtifactError: the artifact became another meanwhile. OutputError: it cannot be written, or has no more room.
+    """
+    manifest = read_manifest(artifact.path)
+    place = artifact.path / MANIFEST
+    if manifest["files"] != artifact.manifest["files"]:
+        raise ArtifactError(f"{place}: exported anew while it was evaluated; evaluate it again")
+    others = [old for old in manifest.get("accuracy", []) if accuracy_key(old) != accuracy_key(record)]
+    kept = [*others, dict(record)]
+    if not are_accuracies(kept):
+        raise OutputError(f"{place}: has {len(others)} accuracies, no room for another; export the model again")
+    try:
+        text = json.dumps({**manifest, "accuracy": kept}, indent=2, allow_nan=False) + "\n"
+    except (ValueError, RecursionError):  # a number that JSON lacks, or nesting that can be read and not written
+        raise ArtifactError(f"{place}: holds what JSON cannot; export the model again") from None
+    replace_file(place, text)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `text` beside `path`, then rename: who reads meanwhile gets the old file or the new one, never a half.
+
+    Raises:
+        OutputError: the directory cannot be written.
+    """
+    stage = None
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask()
+        handle, stage = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(handle)  # before the rename: after a crash the name must not stand for an empty file
+        Path(stage).chmod(mode)
+        Path(stage).replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: {os_reason(error)}; make its directory writable, or free space") from None
+    finally:
+        if stage is not None:
+            Path(stage).unlink(missing_ok=True)  # there only where the rename did not happen
 
 
 def load_artifact(path: str | Path) -> Artifact:

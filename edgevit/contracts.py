@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -71,6 +71,14 @@ class Runtime(Protocol):
 
     def close(self) -> None:
         """Release the model; may be called twice."""
+
+
+@runtime_checkable
+class ManyAtOnce(Protocol):
+    """What a runtime has beside the contract if several callers can use one loaded model at the same time."""
+
+    def lane(self) -> Callable[[Arrays], dict[str, NDArray[Any]]]:
+        """An independent caller of the loaded model, as `run`; all lanes may be called at once, from any threads."""
 
 
 @dataclass(frozen=True)

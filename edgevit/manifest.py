@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ SCHEMA_VERSION = 2  # 2: checked_file, settings
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20  # a manifest is kilobytes; a larger file is not one and is not read
 SAMPLE = "sample"  # the folder of the first size's sample
+MAX_ACCURACIES = 64  # data sets times image sizes; more would be measurements, not a description of the artifact
+MAX_PICTURES = 5_000_000  # of one accuracy: ImageNet-1k has 1.3 million; their bits would fill the manifest
+_DIGEST = re.compile(r"[0-9a-f]{64}")  # sha256 as hexadecimal text
 BY_SIZE = {  # the fields that each image size has, and their types
     "model_file": str, "checked_file": str, "inputs": list, "outputs": list, "choices": dict,
     "parity": dict, "certificates": list, "complexity": dict | None,
@@ -50,6 +54,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
         raise _no_manifest(root, "model_file or checked_file is not among its files")
     if "resolutions" in manifest and not _are_resolutions(manifest["resolutions"], manifest, known):
         raise _no_manifest(root, "resolutions is of another kind, or names files that are not listed")
+    if not are_accuracies(manifest.get("accuracy", [])):
+        raise _no_manifest(root, "accuracy is of another kind")
     return manifest
 
 
@@ -139,8 +145,65 @@ def _is_resolution(value: Any) -> bool:
         return False
     if len(value["inputs"]) != 1 or not _is_input(value["inputs"][0]):
         return False
-    size = value["image_size"]
-    return len(size) == 2 and all(_is_count(side) and 0 < side <= MAX_SIDE for side in size)
+    return _is_size(value["image_size"])
+
+
+def _is_size(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 2 and all(_is_count(side) and 0 < side <= MAX_SIDE for side in value)
+    )
+
+
+def are_accuracies(value: Any) -> bool:
+    """What `evaluate --record` wrote: figures that agree with the bits, each size and set of pictures once."""
+    if not isinstance(value, list) or len(value) > MAX_ACCURACIES or not all(map(_is_accuracy, value)):
+        return False
+    return len({accuracy_key(record) for record in value}) == len(value)
+
+
+def accuracy_key(record: Mapping[str, Any]) -> tuple[int, int, str]:
+    """What tells the accuracies of one artifact apart: height, width and the sha256 of the pictures."""
+    height, width = record["image_size"]
+    return height, width, record["data"]["sha256"]
+
+
+def _is_accuracy(value: Any) -> bool:
+    if not isinstance(value, dict) or not _is_size(value.get("image_size")) or not _is_data(value.get("data")):
+        return False
+    pictures: int = value["data"]["pictures"]
+    words = (value.get("runtime"), value.get("edgevit"))
+    top1, top5 = value.get("top1"), value.get("top5")
+    if not all(map(_is_text, words)) or not _is_hits(top1, pictures):
+        return False
+    return (top5 is None or _is_hits(top5, pictures)) and _are_bits(value.get("hits"), value["top1"]["hits"], pictures)
+
+
+def _is_data(value: Any) -> bool:
+    """Which pictures an accuracy is of."""
+    if not isinstance(value, dict) or not all(map(_is_text, (value.get("source"), value.get("kind")))):
+        return False
+    pictures, chosen = value.get("pictures"), (value.get("limit"), value.get("seed"))
+    if not _is_count(pictures) or not 0 < value["pictures"] <= MAX_PICTURES or not _is_digest(value.get("sha256")):
+        return False
+    return all(each is None or _is_count(each) for each in chosen)
+
+
+def _is_digest(value: Any) -> bool:
+    return _is_text(value) and _DIGEST.fullmatch(value) is not None
+
+
+def _is_hits(value: Any, pictures: int) -> bool:
+    counts = isinstance(value, dict) and _is_count(value.get("hits")) and _is_count(value.get("total"))
+    return counts and value["hits"] <= pictures == value["total"]
+
+
+def _are_bits(value: Any, hits: int, pictures: int) -> bool:
+    """Hexadecimal text of one bit for each picture, the first one highest, then zeros to a whole byte."""
+    size = -(-pictures // 8)
+    if not _is_text(value) or len(value) != 2 * size or not re.fullmatch(r"[0-9a-f]+", value):
+        return False
+    bits = int(value, 16)
+    return bits.bit_count() == hits and bits % (1 << (8 * size - pictures)) == 0
 
 
 # What the readers of a manifest rely on. It is untrusted input: each field is checked once, here.

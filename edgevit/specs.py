@@ -127,8 +127,9 @@ class Parity:
 class Certificate:
     """What one rewrite of the deploy form did, and the proof that it changed nothing.
 
-    `max_rel` is the largest difference in float64, relative to the largest output. `input_independent` says that what
-    was folded into constants had no path from the image.
+    `max_rel` is the largest difference in float64, relative to the largest output. `macs_before` and `macs_after` count
+    the products of one picture: where an artifact's batch is not 1, two ran and share what does not depend on them.
+    `input_independent` says that what was folded into constants had no path from the image.
     """
 
     rewrite: str
@@ -138,6 +139,8 @@ class Certificate:
     parameters_after: int
     operations_before: int
     operations_after: int
+    macs_before: int
+    macs_after: int
     input_independent: bool
     notes: tuple[str, ...] = ()
 
@@ -321,3 +324,53 @@ class ModuleCount:
     parameters: int
     macs: int
     flops: int
+
+
+Verdict = Literal["pass", "regression", "inconclusive", "not gated"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a gate looks at: `baseline` and `candidate` in `unit`, and how much worse the candidate is.
+
+    `worse` is relative (0.05 = 5 % more time, bytes, parameters or MACs), of accuracy in points lost; below 0 it is
+    better. `low` and `high` bound it with 95 % confidence where it was measured, None where it is exact. `limit` is
+    what was allowed. "not gated" says in `detail` why nothing could be compared; it decides nothing.
+    """
+
+    what: Literal["latency", "accuracy", "size", "parameters", "macs"]
+    verdict: Verdict
+    unit: str
+    baseline: float | None
+    candidate: float | None
+    worse: float | None
+    limit: float
+    low: float | None = None
+    high: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What a gate found: `verdict` is "regression" where a check is, else "inconclusive" where one is, else "pass".
+
+    `smallest_seen` is the smallest slowdown that this many rounds of this noise would have shown (relative, above the
+    limit or not). `causes` says what changed on the machine meanwhile. `log_ratios` has one number for each round: the
+    logarithm of the candidate's time over the baseline's; `rounds_ms` has what the two took in each, medians.
+    `compared` is how: "side by side", or through the "reference workload" of a stored result, which then stands for
+    the baseline.
+    """
+
+    verdict: Literal["pass", "regression", "inconclusive"]
+    baseline: str
+    candidate: str
+    checks: tuple[Check, ...]
+    compared: Literal["side by side", "reference workload"]
+    rounds: int
+    spent_s: float
+    stopped_by: Literal["clear", "budget"]
+    smallest_seen: float | None
+    log_ratios: tuple[float, ...]
+    rounds_ms: tuple[tuple[float, float], ...] = ()
+    causes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -52,6 +52,11 @@ class FakeRuntime:
         self.calls.append("run")
         return self.script(inputs)
 
+    def lane(self) -> Callable[[Arrays], dict[str, NDArray[Any]]]:
+        """`run` itself."""
+        self.calls.append("lane")
+        return self.run
+
     def profile(self, inputs: Arrays, runs: int) -> tuple[OperatorTime, ...]:  # noqa: ARG002  # the contract's signature
         """What it was given."""
         self.calls.append("profile")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
@@ -22,12 +21,10 @@ from edgevit.specs import NoOptions, OperatorTime, TensorSpec
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 PROVIDER = "CPUExecutionProvider"
 PRECISIONS = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "double": "fp64", "int8": "int8", "uint8": "int8"}
-PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul")  # part of the kinds that have them, also of FusedConv, MatMulInteger
 # Kernels that multiply integers, whatever they are fed: some of them quantise a float input themselves.
 INTEGER = ("ConvInteger", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv",
            "QLinearMatMul")  # fmt: skip
-EVENT, REORDERED = "_kernel_time", "_nchwc"  # what ONNX Runtime puts behind names of nodes, and of those in its layout
-UNCAST = "InsertedPrecisionFreeCast_"  # what it puts before names where a float32 kernel computes a float16 node
+EVENT = "_kernel_time"  # what ONNX Runtime puts behind the names of nodes in its profile
 WARMUP_RUNS = 2  # before a profile: the first run allocates
 FATAL_ONLY = 4  # ONNX Runtime's log level: failures are raised, and its own lines would repeat them
 
@@ -54,21 +51,8 @@ class OrtRuntime:
         return None
 
     def load(self) -> None:
-        """Create the session with all graph optimisations, as is ONNX Runtime's default.
-
-        Where int8 is asked for, the graph as it was optimised is read back: Q/DQ alone computes nothing in integers.
-        """
-        options = self._options()
-        if self.asked_precision != "int8":
-            self._session = self._start(options)
-            self._precision = _weights_precision(self.path)
-            return
-        with tempfile.TemporaryDirectory(prefix="edgevit-executed-") as scratch:
-            executed = Path(scratch, "executed.onnx")
-            options.optimized_model_filepath = str(executed)
-            self._session = self._start(options)
-            kinds = {node.op_type for node in onnx.load(executed, load_external_data=False).graph.node}
-        self._precision = "int8" if kinds.intersection(INTEGER) else "fp32"
+        """Create the session with all graph optimisations, as is ONNX Runtime's default; nothing else is read."""
+        self._session = self._start(self._options())
 
     @property
     def inputs(self) -> list[TensorSpec]:
@@ -84,8 +68,12 @@ class OrtRuntime:
     def effective_precision(self) -> str:
         """Read off the stored weights; what computes, `profile` tells: of float16, float32 kernels between casts.
 
-        Of int8, read off the kernels: "int8" if there are any that multiply integers, else "fp32".
+        Of int8, read off the kernels: "int8" if there are any that multiply integers, else "fp32". Found out when first
+        asked for, not while loading, whose time and memory are then the runtime's own.
         """
+        if not self._precision:
+            self._loaded()
+            self._precision = self._found_precision()
         mixed = self.asked_precision == "fp16" and self._precision == "fp16+fp32"
         return "fp16" if mixed else self._precision  # a float16 graph keeps in float32 what float16 cannot hold
 
@@ -93,6 +81,11 @@ class OrtRuntime:
         """Version, provider and threads."""
         providers = self._loaded().get_providers()
         return {"runtime": "onnxruntime", "version": ort.__version__, "providers": providers, "threads": self.threads}
+
+    def lane(self) -> Callable[[Arrays], dict[str, NDArray[Any]]]:
+        """`run` itself: a session may be run by several callers at once, each of which uses all of its threads."""
+        self._loaded()
+        return self.run
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Outputs by name."""
@@ -106,6 +99,8 @@ class OrtRuntime:
         A session of its own writes down the times and the graph as it was optimised, in a directory that is removed.
         With `runs` 0 the times are all 0.
         """
+        from .ort_graph import origins  # not above: it needs onnx, which who only runs a model need not load
+
         self._loaded()
         options = self._options()
         with tempfile.TemporaryDirectory(prefix="edgevit-profile-") as scratch:
@@ -117,12 +112,24 @@ class OrtRuntime:
             for _ in range(WARMUP_RUNS + runs if runs else 1):
                 self._infer(session, inputs)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-            origins = _origins(*(onnx.load(file, load_external_data=False) for file in (self.path, executed)))
-        return tuple(_operators(events, origins, runs))
+            found = origins(self.path, executed)
+        return tuple(_operators(events, found, runs))
 
     def close(self) -> None:
         """Drop the session."""
         self._session = None
+
+    def _found_precision(self) -> str:
+        """The precision as the graph tells it: for int8 the optimised one, since Q/DQ alone computes no integers."""
+        from .ort_graph import kinds, weights_precision  # not above: as in `profile`
+
+        if self.asked_precision != "int8":
+            return weights_precision(self.path)
+        with tempfile.TemporaryDirectory(prefix="edgevit-executed-") as scratch:
+            options, executed = self._options(), Path(scratch, "executed.onnx")
+            options.optimized_model_filepath = str(executed)
+            self._start(options)
+            return "int8" if kinds(executed).intersection(INTEGER) else "fp32"
 
     def _options(self) -> ort.SessionOptions:
         options = ort.SessionOptions()
@@ -156,14 +163,6 @@ def _spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, shape, TYPES.get(value.type, value.type))
 
 
-def _weights_precision(path: Path) -> str:
-    """fp32 where every floating weight is float32, else the types found."""
-    names = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16", onnx.TensorProto.BFLOAT16: "bf16",
-             onnx.TensorProto.INT8: "int8", onnx.TensorProto.UINT8: "int8"}  # fmt: skip
-    model = onnx.load(path, load_external_data=False)
-    return "+".join(sorted({names[t.data_type] for t in model.graph.initializer if t.data_type in names})) or "fp32"
-
-
 def _operators(events: Sequence[Any], origins: dict[str, tuple[str, ...]], runs: int) -> Iterator[OperatorTime]:
     """The operators in the profile's events, one event for each run of each operator, in the order of their first."""
     found = defaultdict[tuple[str, str], list[Any]](list)
@@ -182,40 +181,3 @@ def _operators(events: Sequence[Any], origins: dict[str, tuple[str, ...]], runs:
             time_ms=statistics.median(times_ms) if runs and times_ms else 0.0,
             origins=origins.get(name, ()),
         )
-
-
-def _origins(source: onnx.ModelProto, executed: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """The nodes of the file that each executed node computes, as far as its name and tensors tell.
-
-    An optimised node writes the tensor that the last of the nodes wrote that it stands for, or is named after it. From
-    there back through nodes of whose tensors one is written by no other executed node.
-    """
-    makers = {output: node for node in source.graph.node for output in node.output}
-    sources = {node.name: node for node in source.graph.node if node.name}
-    written = {node.name: _tensors(node, makers, sources) for node in executed.graph.node}
-    own = Counter(tensor for tensors in written.values() for tensor in tensors)
-    return {name: tuple(_back(tensors, makers, own)) for name, tensors in written.items()}
-
-
-def _tensors(node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], sources: dict[str, onnx.NodeProto]) -> list[str]:
-    """The file's tensors that an executed node writes by their own names, or by its name ("x_nchwc", "node/Fusion")."""
-    if node.op_type == "Cast":  # those around float32 kernels of float16 nodes bear the names of the nodes' tensors
-        return []
-    name = node.name.removeprefix(UNCAST)
-    part_of = sources.get(name.rstrip("/").rpartition("/")[0])
-    named = [name.removesuffix(REORDERED)] if name.endswith(REORDERED) else []
-    fused = list(part_of.output) if part_of is not None else []
-    outputs = [output.removeprefix(UNCAST) for output in node.output]
-    return [tensor for tensor in [*outputs, *named, *fused] if tensor in makers]
-
-
-def _back(tensors: Sequence[str], makers: dict[str, onnx.NodeProto], own: Counter[str]) -> Iterator[str]:
-    """From a tensor through what no other executed node writes, to the products; scales have branches of their own."""
-    left, seen = list(tensors[:1]), set(tensors[:1])
-    while left:
-        node = makers[left.pop(0)]
-        yield node.name or node.output[0]
-        if not node.op_type.startswith(PRODUCTS):
-            inner = [name for name in node.input if name in makers and not own[name] and name not in seen]
-            left += inner
-            seen.update(inner)

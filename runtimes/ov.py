@@ -67,7 +67,7 @@ class OvRuntime:
         self.options = options or OvOptions()
         self._model: ov.CompiledModel | None = None
         self._request: ov.InferRequest | None = None
-        self._int8_share = 0.0
+        self._int8_share: float | None = None
 
     @classmethod
     def obstacle(cls) -> str | None:
@@ -76,15 +76,11 @@ class OvRuntime:
         return None if devices else "OpenVINO finds no device; install the openvino package for this processor"
 
     def load(self) -> None:
-        """Read the model and compile it for the device."""
+        """Read the model and compile it for the device; nothing else is done with it."""
         core = self._core()
         self.asked_precision = _computed_in(core, self.options.device, self.precision)
-        read = self._read(core)
-        self._model = self._compile(core, read, {})
+        self._model = self._compile(core, self._read(core), {})
         self._request = self._model.create_infer_request()
-        if self.asked_precision == "int8":
-            shapes = {spec.name: [side if isinstance(side, int) else 1 for side in spec.shape] for spec in self.inputs}
-            self._int8_share = share_in_int8(read, shapes, self._graph(self._model))
 
     @property
     def inputs(self) -> list[TensorSpec]:
@@ -98,8 +94,11 @@ class OvRuntime:
 
     @property
     def effective_precision(self) -> str:
-        """What the compiled model says it computes in; "int8" where its executed graph has products in int8."""
-        if self._int8_share > 0:
+        """What the compiled model says it computes in; "int8" where its executed graph has products in int8.
+
+        Those are looked for when first asked for, not while loading, whose time and memory are OpenVINO's own.
+        """
+        if self.asked_precision == "int8" and self._share_in_int8() > 0:
             return "int8"
         kind: str = self._loaded().get_property("INFERENCE_PRECISION_HINT").get_type_name()
         return TYPES.get(kind, kind)
@@ -123,7 +122,7 @@ class OvRuntime:
             "precision": self.effective_precision,
             "model_precision": self.precision,
             "float_precision": str(effective("INFERENCE_PRECISION_HINT").get_type_name()),
-            "int8_share": self._int8_share if self.precision == "int8" else None,
+            "int8_share": self._share_in_int8() if self.precision == "int8" else None,
             "cache_dir": self.options.cache_dir,
         }
 
@@ -131,8 +130,12 @@ class OvRuntime:
         """Outputs by name."""
         if self._request is None:
             raise RuntimeFailure(f"{self.path}: the OpenVINO model is not loaded")
-        results = self._infer(self._request, inputs)
-        return {port.any_name: np.array(results[port]) for port in self._loaded().outputs}  # copied: the request's own
+        return self._asked(self._request, inputs)
+
+    def lane(self) -> Callable[[Arrays], dict[str, NDArray[Any]]]:
+        """A request of its own: as many run at once as there are `streams`, the others wait for one."""
+        request = self._loaded().create_infer_request()
+        return lambda inputs: self._asked(request, inputs)
 
     def profile(self, inputs: Arrays, runs: int) -> tuple[OperatorTime, ...]:
         """What each executed operator took, the median of `runs`, and the precision of the executed graph.
@@ -203,6 +206,17 @@ class OvRuntime:
             settings["CACHE_DIR"] = _directory(options.cache_dir)
         where = f"{self.path}: OpenVINO cannot compile it for {options.device}"
         return _guarded(where, lambda: core.compile_model(model, options.device, settings | more))
+
+    def _asked(self, request: ov.InferRequest, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        results = self._infer(request, inputs)
+        return {port.any_name: np.array(results[port]) for port in self._loaded().outputs}  # copied: the request's own
+
+    def _share_in_int8(self) -> float:
+        """The share of the products' multiply-accumulates that the executed graph does in int8, found out once."""
+        if self._int8_share is None:
+            shapes = {spec.name: [side if isinstance(side, int) else 1 for side in spec.shape] for spec in self.inputs}
+            self._int8_share = share_in_int8(self._read(self._core()), shapes, self._graph(self._loaded()))
+        return self._int8_share
 
     def _infer(self, request: ov.InferRequest, inputs: Arrays) -> Any:
         feed = {name: np.ascontiguousarray(array) for name, array in inputs.items()}

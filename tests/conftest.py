@@ -211,7 +211,7 @@ class TinyExporter:
         onnx.save(proto, directory / name)
         signature = TensorSpec("image", (spec.batch, 3, *spec.image_size), layout="NCHW")
         outputs = tuple(TensorSpec(value.name, ()) for value in proto.graph.output)
-        certificate = Certificate("nothing", 1, 0.0, 16, 16, 4, 4, input_independent=True)
+        certificate = Certificate("nothing", 1, 0.0, 16, 16, 4, 4, 9, 9, input_independent=True)
         return Built(name, name, proto, (signature,), outputs, (certificate,), {"pointwise": spec.pointwise})
 
     def lint_for(self, settings: Any) -> tuple[str, ...]:  # noqa: ARG002  # the contract's signature

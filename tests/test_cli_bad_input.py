@@ -183,7 +183,9 @@ def test_an_impossible_duration_is_refused(cli: Any, tiny: Any, duration: str) -
 
 
 def test_an_unknown_rival_is_refused(cli: Any, tiny: Any) -> None:
-    assert one_line(cli("bench", tiny.export().path, "--vs", "tensorrt"), 2) == "--vs 'tensorrt': expected naive"
+    assert one_line(cli("bench", tiny.export().path, "--vs", "tensorrt"), 2) == (
+        "--vs 'tensorrt': expected naive, an artifact's directory, or an .onnx file that exists"
+    )
 
 
 def test_one_artifact_cannot_race_itself(cli: Any, tiny: Any) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ import pytest
 
 from edgevit import api, registry
 from edgevit.api import Pictures
+from edgevit.artifact import Artifact
 from edgevit.errors import ParityError
 
 CALIBRATED = Pictures("reference-task", 128)
-TESTED = 192  # pictures: one of them is half a point
-AGREE = 0.95  # of predictions at least; 97.4 % and more were seen on 2,000 pictures
+TESTED = 96  # pictures: what a broken recipe costs is tens of points
+AGREE = 0.93  # of predictions at least: six of 96 may differ; 97.4 % and more were seen on 2,000 pictures
 NETWORKS = ("mobileformer_tiny", "crossformer_tiny", "vit_lsla_tiny", "swin_tiny", "vit_reference_tiny")
-FAST = ("onnx", "openvino")  # what the device's own runtime computes here; the other two are emulated, and slow
+# What runs always: one with convolutions and one without, in what the device's own runtime computes here.
+TWO = ("mobileformer_tiny", "swin_tiny")
+EMULATED = ("tensorrt", "coreml")
+FAST = {(network, target) for network in TWO for target in registry.TARGETS if target not in EMULATED}
 
 # Products by kind: quantised, left in float.
 PLACEMENT: dict[tuple[str, str], tuple[dict[str, int], int]] = {
@@ -46,22 +51,39 @@ PLACEMENT: dict[tuple[str, str], tuple[dict[str, int], int]] = {
 }
 
 
+def exported(network: str, target: str, out: Path) -> Artifact:
+    return api.export_model(network, target, precision="int8", calibration=CALIBRATED, out=out)
+
+
+@pytest.fixture(scope="module")
+def swin(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return exported("swin_tiny", "onnx", tmp_path_factory.mktemp("swin"))
+
+
 @pytest.mark.parametrize(
-    "target", [t if t in FAST else pytest.param(t, marks=pytest.mark.slow) for t in registry.TARGETS]
+    ("network", "target"),
+    [
+        case if case in FAST else pytest.param(*case, marks=pytest.mark.slow)
+        for case in product(NETWORKS, registry.TARGETS)
+    ],
 )
-@pytest.mark.parametrize("network", NETWORKS)
-def test_a_trained_network_stays_what_it_is(network: str, target: str, tmp_path: Path) -> None:
-    artifact = api.export_model(network, target, precision="int8", calibration=CALIBRATED, out=tmp_path)
+def test_a_trained_network_stays_what_it_is(
+    network: str, target: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    made = (network, target) == ("swin_tiny", "onnx")
+    artifact = request.getfixturevalue("swin") if made else exported(network, target, tmp_path)
     choices = artifact.manifest["choices"]
     assert (choices["quantized"], len(choices["kept_float"])) == PLACEMENT[network, target]
     assert all(entry["why"] for entry in choices["kept_float"])
+    if target in EMULATED and network not in TWO:
+        return  # its parity on the photographs is checked by the export; an emulation of 96 pictures takes a minute
     found = api.evaluate(artifact.path, "reference-task", against="reference", limit=TESTED)
     assert found["random_weights"] is False and found["data"]["pictures"] == TESTED
     assert found["against"]["drop_points"]["low"] <= 0.5  # the interval does not exclude the half point that is asked
     assert found["against"]["agreement"]["value"] >= AGREE
 
 
-@pytest.mark.parametrize("network", ["swin_tiny", "mobileformer_tiny"])
+@pytest.mark.parametrize("network", ["swin_tiny", pytest.param("mobileformer_tiny", marks=pytest.mark.slow)])
 def test_enlarged_channels_cost_no_more(network: str, tmp_path: Path) -> None:
     """The same function with a few channels 8 to 64 times as large: what breaks ranges of whole tensors."""
     asked: dict[str, Any] = {"precision": "int8", "weights": "reference-task-stress", "calibration": CALIBRATED}
@@ -72,11 +94,8 @@ def test_enlarged_channels_cost_no_more(network: str, tmp_path: Path) -> None:
         api.export_model(network, "onnx", out=tmp_path / "plain", options={"equalize": False}, **asked)
 
 
-def test_a_calibrated_export_is_the_same_each_time(tmp_path: Path) -> None:
-    made = [
-        api.export_model("swin_tiny", "onnx", precision="int8", calibration=CALIBRATED, out=tmp_path / str(i))
-        for i in range(2)
-    ]
+def test_a_calibrated_export_is_the_same_each_time(swin: Artifact, tmp_path: Path) -> None:
+    made = [swin, exported("swin_tiny", "onnx", tmp_path)]
     first, second = ({f["name"]: f["sha256"] for f in artifact.manifest["files"]} for artifact in made)
     assert first == second
     assert made[0].manifest["calibration"]["sha256"] == made[1].manifest["calibration"]["sha256"]

@@ -7,6 +7,7 @@ from .calibrating import Pictures
 from .catalog import doctor, info, list_models
 from .evaluating import evaluate
 from .exporting import export_model
+from .gating import gate
 from .ingesting import ingest
 from .linting import lint
 from .profiling import profile
@@ -21,6 +22,7 @@ __all__ = [
     "doctor",
     "evaluate",
     "export_model",
+    "gate",
     "info",
     "ingest",
     "lint",

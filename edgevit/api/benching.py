@@ -6,22 +6,30 @@ import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from edgevit import registry
-from edgevit.artifact import Artifact, load_artifact
-from edgevit.errors import RuntimeFailure, UnknownNameError, UsageError
-from edgevit.runtimes import Session
-from edgevit.specs import BenchReport, ExportSpec, Size, size_text
+from numpy.typing import NDArray
 
-from .calibrating import Progress
-from .exporting import export_model
-from .profiling import attest
-from .proving import reference_of
-from .running import RunOn, load_at, obstacle_of, session_of
+from edgevit import __version__
+from edgevit.artifact import Artifact
+from edgevit.errors import UsageError
+from edgevit.specs import Size
 
-Entry = tuple[str, Artifact, Path | None]  # what it is called, what it is, a model file in place of its own
+from .calibrating import Pictures, Progress, Source
+from .describing import facts_of, roof
+from .peering import Entry, check_peer, compared, peer_of, warn_of
+from .running import RunOn
+from .saturating import throughput as throughput_of
+from .starting import cold_start as cold_start_of
+from .sweeping import Entrants, entrants, measure_cells
+
+if TYPE_CHECKING:
+    from edgevit.bench.sweep import Cell
+    from edgevit.bench.timing import BenchSettings, Race
+
+PERCENTILES = (50.0, 90.0, 99.0)  # told always, where the samples support them
 
 
 def benchmark(
@@ -30,130 +38,212 @@ def benchmark(
     image_size: Size | None = None,
     threads: int | None = None,
     duration_s: float = 5.0,
+    max_duration_s: float = 60.0,
+    percentile: float = 90.0,
     loads: int = 3,
-    vs: Literal["naive"] | None = None,
+    vs: str | Path | None = None,
     runtime: str | None = None,
     runtime_options: Mapping[str, Any] | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    to: str = "onnx",
+    calibration: Source = None,
+    throughput: bool = False,
+    cold_start: bool = False,
+    explain: bool = False,
+    roofline: bool = True,
+    out: str | Path | None = None,
     seed: int = 0,
     progress: Progress = lambda fraction, text: None,
 ) -> dict[str, Any]:
     """Time artifacts, or models exported for the occasion, in interleaved rounds.
 
-    Several items race each other, each compared with the first; with `vs="naive"` each races the plain PyTorch export
-    of its own reference form. `duration_s` is per contestant; `loads` is how often each is loaded afresh. `image_size`
-    is (height, width): the size of models, and which one of several sizes of artifacts; by default the first. `runtime`
-    runs them in place of their target's own, e.g. "ov" an ONNX artifact; `runtime_options` is what it takes beside.
+    Several items race each other, each compared with the first. `vs` is whom each races instead: "naive", the plain
+    PyTorch export of its own reference form; an artifact; anyone's .onnx file of the same input. `image_size` is
+    (height, width), by default the first. `duration_s` is per contestant, up to `max_duration_s` where `percentile`
+    needs more samples; `loads` is how often each is loaded afresh. `runtime` runs them in place of their target's own.
+    `sweep` has values of "threads", "batch", "image_size", "precision": each combination is a cell. Models go `to` that
+    target, int8 with `calibration` pictures. The document is that of `out`, which gets each cell as it ends and from
+    which the same call goes on; without a sweep the one cell's fields stand in the place of `cells`.
 
     Raises:
-        UsageError, UnknownNameError, ArtifactError. RuntimeFailure: also where this machine cannot run the target.
+        UsageError, UnknownNameError, ArtifactError, InputError, OutputError: also what `out` holds, and its place.
+        RuntimeFailure: also where this machine cannot run the target.
     """
-    from edgevit.bench.machine import machine_record
-    from edgevit.bench.timing import BenchSettings, document, part_of
-
-    if not items:
-        raise UsageError("bench: nothing to measure; give artifacts or model names")
-    if duration_s <= 0 or loads < 1 or (threads is not None and threads < 1):
-        raise UsageError(f"bench: duration {duration_s}, loads {loads}, threads {threads}: each must be above zero")
-    settings = BenchSettings(duration_s=duration_s, seed=seed)
-    on = RunOn(runtime, threads, runtime_options or {})
-    before = machine_record()
+    times = (duration_s, max_duration_s, percentile, loads, seed)
+    on, beside = RunOn(runtime, threads, runtime_options or {}), Beside(throughput, cold_start, explain, roofline)
+    plan = _plan(times, on, vs, beside)
     with tempfile.TemporaryDirectory(prefix="edgevit-bench-") as scratch:
-        artifacts = [_artifact_of(item, image_size, Path(scratch), progress) for item in items]
-        races = [artifacts] if vs is None else [[artifact] for artifact in artifacts]
-        reports = []
-        for i, race in enumerate(races):
-            entries: list[Entry] = [(label, a, None) for label, a in zip(_labels(race, runtime), race, strict=True)]
-            if vs == "naive":
-                entries.insert(0, (f"{entries[0][0]} (naive)", race[0], _naive(race[0], Path(scratch))))
-            reports.append(_race(entries, settings, on, loads, part_of(progress, i, len(races))))
-    return document(reports, settings, threads, loads, {"before": before, "after": machine_record()})
+        field = entrants(items, to, calibration, Path(scratch))
+        return _measured(plan, field, image_size, sweep, None if out is None else Path(out), progress)
 
 
-def _artifact_of(item: Artifact | str | Path, image_size: Size | None, scratch: Path, progress: Progress) -> Artifact:
-    """An artifact at the size wanted, or a registered model exported into `scratch`."""
-    if isinstance(item, Artifact):
-        return load_artifact(item.path).at(image_size or item.image_size)
-    if Path(item).exists():
-        return load_at(item, image_size)
-    names = registry.model_names()
-    if str(item) not in names:
-        raise UnknownNameError("artifact directory or model", str(item), names)
-    progress(0.0, f"exporting {item}")
-    return export_model(str(item), "onnx", image_size=image_size, out=scratch, force=True)
+@dataclass(frozen=True)
+class Beside:
+    """What is measured beside the latency of each artifact.
+
+    `roofline` is the share of this machine's limit, for which its peaks are measured, about two seconds for each
+    runtime and number of threads; `explain` adds the biggest losses.
+    """
+
+    throughput: bool = False
+    cold_start: bool = False
+    explain: bool = False
+    roofline: bool = True
 
 
-def _labels(race: Sequence[Artifact], runtime: str | None) -> list[str]:
-    """What contestants are called: by directory, the size of several, the runtime if one is named."""
-    names = [a.name for a in race]
-    plain = [str(a.path) if names.count(a.name) > 1 else a.name for a in race]  # two of one name: by their paths
-    sizes = ["" if len(a.image_sizes) == 1 else f" at {size_text(a.image_size)}" for a in race]
-    return [name + size + (f" on {runtime}" if runtime else "") for name, size in zip(plain, sizes, strict=True)]
+@dataclass(frozen=True)
+class Plan:
+    """What is done in every cell; `on.threads` holds where a cell has none of its own."""
+
+    settings: BenchSettings
+    on: RunOn
+    loads: int
+    vs: str | Path | None
+    beside: Beside
 
 
-def _session(artifact: Artifact, on: RunOn, model_file: Path | None) -> Session:
-    """What is timed; nothing stands in for the target's own runtime unless it was named."""
-    own = registry.exporter(artifact.manifest["target"]).runtime
-    if on.runtime is None and (obstacle := obstacle_of(own)):
-        raise RuntimeFailure(
-            f"{artifact.path}: {obstacle}; it is timed on its device, or name what to time here with --runtime"
-        )
-    session = session_of(artifact, on, model_file)
-    if registry.RUNTIMES[session.runtime.name].emulates:
-        raise UsageError(
-            f"bench: runtime {session.runtime.name} computes what a device would compute, in a time that is no "
-            f"device's: name another with --runtime, or time {artifact.path} there"
-        )
-    return session
+def _plan(times: tuple[float, float, float, int, int], on: RunOn, vs: str | Path | None, beside: Beside) -> Plan:
+    from edgevit.bench.timing import BenchSettings
+
+    duration_s, max_duration_s, percentile, loads, seed = times
+    if duration_s <= 0 or loads < 1 or (on.threads is not None and on.threads < 1):
+        raise UsageError(f"bench: duration {duration_s}, loads {loads}, threads {on.threads}: each must be above zero")
+    if not 0 < percentile < 100:
+        raise UsageError(f"bench: percentile {percentile}: expected a number above 0 and below 100, e.g. 99")
+    percentiles = tuple(sorted({*PERCENTILES, percentile}))
+    settings = BenchSettings(duration_s, max_duration_s, percentiles=percentiles, wanted=percentile, seed=seed)
+    return Plan(settings, on, loads, vs, beside)
 
 
-def _naive(artifact: Artifact, scratch: Path) -> Path:
-    manifest = artifact.manifest
-    module, card = reference_of({**manifest, "seed": 0}, None)
-    exporter = registry.exporter(manifest["target"])
-    spec = ExportSpec(
-        manifest["model"],
-        manifest["target"],
-        image_size=artifact.image_size,
-        batch=manifest["batch"],
-        settings=exporter.OPTIONS(),
+def _measured(
+    plan: Plan,
+    field: Entrants,
+    image_size: Size | None,
+    sweep: Mapping[str, Sequence[Any]] | None,
+    out: Path | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Every cell, measured now or before."""
+    from edgevit.bench.sweep import Cell, CellFile, grid, record
+
+    cells = grid(Cell(threads=plan.on.threads, image_size=image_size), sweep or {})
+    field.check(cells)
+    kept = CellFile(
+        out, {**_request(plan, field), "axes": {name: list(values) for name, values in (sweep or {}).items()}}
     )
-    path = scratch / f"{artifact.name}-naive{exporter.naive_suffix}"
-    exporter.export_naive(module, card, spec, path)
-    return path
+
+    def measure(cell: Cell, told: Progress) -> dict[str, Any]:
+        return _measure(plan, cell, field, told)
+
+    there = measure_cells(cells, kept, field.names, measure, progress)
+    document = {**kept.document(), "resumed": there}
+    if sweep:
+        return document
+    return {**{k: v for k, v in document.items() if k != "cells"}, **(kept.get(record(cells[0], field.names)) or {})}
+
+
+def _request(plan: Plan, field: Entrants) -> dict[str, Any]:
+    """What two runs must have in common for their cells to stand in one file."""
+    from edgevit.bench.machine import fingerprint, library_versions, machine_record
+
+    vs, given = plan.vs, field.calibration
+    pictures = given if isinstance(given, Pictures) else Pictures(given)
+    return {
+        "items": field.identities(),
+        "vs": vs if vs is None or vs == "naive" else check_peer(vs),
+        "to": field.target,
+        "calibration": None
+        if pictures.source is None
+        else {"source": Path(pictures.source).name, "count": pictures.count},
+        "runtime": plan.on.runtime,
+        "runtime_options": {key: str(value) for key, value in plan.on.options.items()},
+        "settings": {**dataclasses.asdict(plan.settings), "loads": plan.loads},
+        "beside": dataclasses.asdict(plan.beside),
+        "machine": fingerprint(machine_record()),
+        "versions": {"edgevit": __version__, **library_versions()},
+    }
+
+
+def _measure(plan: Plan, cell: Cell, field: Entrants, progress: Progress) -> dict[str, Any]:
+    """One cell: its races, and what stands beside their times."""
+    from edgevit.bench.machine import machine_record
+    from edgevit.bench.stats import median
+    from edgevit.bench.timing import document, part_of
+
+    more = plan.beside != Beside(roofline=False)
+    racing, beside = (part_of(progress, i, 2) for i in (0, 1)) if more else (progress, progress)
+
+    on = dataclasses.replace(plan.on, threads=cell.threads)
+    before = machine_record()
+    own = field.entries(cell, on.runtime, progress)
+    races = [own]
+    if plan.vs is not None:
+        races = [[peer_of(entry, plan.vs, field.scratch, alone=len(own) == 1), entry] for entry in own]
+    reports: list[Race] = []
+    facts, peers = dict[str, dict[str, Any]](), list[dict[str, Any]]()
+    for i, race in enumerate(races):
+        report, about, outputs = _race(race, plan, on, part_of(racing, i, len(races)))
+        reports.append(report)
+        facts |= about
+        if plan.vs not in (None, "naive"):
+            peers.append(
+                compared(race[1], race[0], outputs, {e.name: about[e.name]["effective_precision"] for e in race})
+            )
+    middles_ms = {result.name: median(result.samples_ms) for report in reports for result in report.results}
+    entries = [entry for race in races for entry in race]
+    for i, entry in enumerate(entries):
+        told = part_of(beside, i, len(entries))
+        facts[entry.name] |= _found_beside(
+            entry, plan.beside, on, middles_ms[entry.name], plan.settings.duration_s, told
+        )
+    machine = {"before": before, "after": machine_record()}
+    body = document(reports, plan.settings, cell.threads, plan.loads, machine)
+    body["results"] = [{**result, **facts[result["name"]]} for result in body["results"]]
+    body["warnings"] += [text for told in peers for text in warn_of(told)]
+    return {**body, "peers": peers}
+
+
+def _found_beside(
+    entry: Entry, asked: Beside, on: RunOn, p50_ms: float, duration_s: float, progress: Progress
+) -> dict[str, Any]:
+    """What was asked for beside one latency; of a peer no more than its roof."""
+    found: dict[str, Any] = {}
+    if asked.roofline or asked.explain:
+        progress(0.0, f"limits of this machine for {entry.name}")
+        found["roofline"] = roof(entry, on, p50_ms, explained=asked.explain)
+    if asked.throughput and entry.kind == "own":
+        batch = entry.batch if entry.artifact.manifest["batch"] == "dynamic" else None
+        found["throughput"] = throughput_of(entry.artifact, on, duration_s, None, progress, batch=batch)
+    if asked.cold_start and entry.kind == "own":
+        found |= cold_start_of(entry.artifact, on, progress=progress)
+    return found
 
 
 def _race(
-    entries: Sequence[Entry],
-    settings: Any,
-    on: RunOn,
-    loads: int,
-    progress: Progress,
-) -> BenchReport:
-    """Race `entries` in one interleaved run."""
+    race: Sequence[Entry], plan: Plan, on: RunOn, progress: Progress
+) -> tuple[Race, dict[str, dict[str, Any]], dict[str, dict[str, NDArray[Any]]]]:
+    """Race entries in one interleaved run; with it what is known of each, and what it put out for the sample."""
     from edgevit.bench.timing import Contestant, measure_loads
 
-    precisions: dict[str, str] = {}
-    attested: dict[str, dict[str, Any]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    outputs: dict[str, dict[str, NDArray[Any]]] = {}
 
     @contextlib.contextmanager
     def load_all() -> Iterator[list[Contestant]]:
         with contextlib.ExitStack() as stack:
             contestants = []
-            for name, artifact, path in entries:
-                session = stack.enter_context(_session(artifact, on, path))
-                session.require_precision(path or artifact.path)
-                precisions[name] = session.runtime.effective_precision
-                feed = {"image": artifact.sample("input")}
-                session.run(feed)  # checked once here; the timed calls go to the runtime itself
-                if name not in attested:
-                    attested[name] = attest(session, artifact, feed, path)
-                contestants.append(Contestant(name, lambda r=session.runtime, feed=feed: r.run(feed)))  # type: ignore[misc]  # bound now
+            for entry in race:
+                session = stack.enter_context(entry.session(on))
+                if entry.kind != "foreign":
+                    session.require_precision(entry.file or entry.artifact.path)
+                feed = entry.feed(session)
+                outputs[entry.name] = session.run(feed)  # checked once here; the timed calls go to the runtime itself
+                if entry.name not in facts:
+                    facts[entry.name] = facts_of(entry, session, feed)
+                contestants.append(Contestant(entry.name, lambda r=session.runtime, feed=feed: r.run(feed)))  # type: ignore[misc]  # bound now
             yield contestants
 
-    report = measure_loads(load_all, loads, settings, progress=progress)
-    unsure = [f"{name}: {told['verdict']}" for name, told in attested.items() if told["as_asked"] is None]
-    results = tuple(
-        dataclasses.replace(r, effective_precision=precisions[r.name], attestation=attested[r.name])
-        for r in report.results
-    )
-    return dataclasses.replace(report, results=results, warnings=(*report.warnings, *unsure))
+    report = measure_loads(load_all, plan.loads, plan.settings, progress=progress)
+    told = {name: about["attestation"] for name, about in facts.items()}
+    unsure = [f"{name}: {about['verdict']}" for name, about in told.items() if about["as_asked"] is None]
+    return dataclasses.replace(report, warnings=(*report.warnings, *unsure)), facts, outputs

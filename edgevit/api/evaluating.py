@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevit import inputs, registry
-from edgevit.artifact import Artifact, load_artifact
-from edgevit.errors import CheckpointError, InputError, RuntimeFailure, UsageError
+from edgevit import __version__, inputs, registry
+from edgevit.artifact import Artifact, load_artifact, record_accuracy
+from edgevit.errors import CheckpointError, InputError, OutputError, RuntimeFailure, UsageError
 from edgevit.pictures import Picture, PictureSet, Read, Skipped, find_pictures, none_usable, read_usable
 from edgevit.runtimes import Session
 from edgevit.specs import Batch, ImageSpec, Size
@@ -64,9 +66,10 @@ class _Contestant:
 
 @dataclass
 class _Ran:
-    """Which pictures were used, and which skipped."""
+    """Which pictures were used, and which skipped; `lines` has a hash and the class of each where it is recorded."""
 
     skipped: list[Skipped]
+    lines: list[str] | None = None
     used: list[Picture] = field(default_factory=list)
 
 
@@ -81,6 +84,7 @@ def evaluate(
     threads: int | None = None,
     runtime_options: Mapping[str, Any] | None = None,
     image_size: Size | None = None,
+    record: bool = False,
     progress: Progress = lambda fraction, text: None,
 ) -> dict[str, Any]:
     """Top-1 and top-5 of a classifier as shares from 0 to 1, each with its 95 % interval.
@@ -93,21 +97,20 @@ def evaluate(
             "reference": the float32 PyTorch network with the artifact's weights.
         weights: the file these come from, where they are neither random nor shipped with edgevit.
         limit: so many pictures, the same ones in every run. runtime, threads, runtime_options: what runs the artifact.
+        record: whether its manifest gets the figures and which pictures were right, for `gate`.
 
     Raises:
         ArtifactError, CheckpointError, RuntimeFailure: the artifacts. InputError: the data. UsageError: the request.
+        OutputError: the manifest cannot be written.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"evaluate: limit {limit}, expected 1 or more pictures")
-    artifact = load_at(path, image_size)
+    artifact = _checked(path, image_size, limit, record)
     found = _labelled(data, artifact, str(path))
     opened = [_of_artifact(artifact, str(path), RunOn(runtime, threads, runtime_options or {}))]
-    if against is not None:
-        opened.append(_other(artifact, against, weights, threads))
-    with contextlib.ExitStack() as stack:
-        for contestant in opened:
-            stack.enter_context(contestant.session).require_precision(Path(contestant.what))
-        ran = _run(found, data, opened, limit, progress)
+    opened += [] if against is None else [_other(artifact, against, weights, threads)]
+    with _loaded(opened):
+        ran = _run(found, data, opened, limit, progress, hashed=record)
+    if record:
+        record_accuracy(artifact, _recorded(artifact, opened[0], found, ran, limit))
     return {
         **_described(artifact, str(path), opened[0].session.runtime.name),
         "data": _seen(found, ran, limit),
@@ -127,9 +130,7 @@ def evaluate_all(
     pictures = [_labelled(data, artifact, str(artifact.path)) for artifact in artifacts]
     opened = [_of_artifact(artifact, str(artifact.path), RunOn()) for artifact in artifacts]
     opened.append(_other(artifacts[0], REFERENCE, weights, None))
-    with contextlib.ExitStack() as stack:
-        for contestant in opened:
-            stack.enter_context(contestant.session).require_precision(Path(contestant.what))
+    with _loaded(opened):
         ran = _run(pictures[0], data, opened, limit, progress)
     classes = len(pictures[0].classes)
     return [
@@ -168,6 +169,45 @@ def _seen(found: PictureSet, ran: _Ran, limit: int | None) -> dict[str, Any]:
         "limit": limit,
         "seed": None if limit is None else SEED,
         "skipped": [asdict(each) for each in ran.skipped],
+    }
+
+
+def _checked(path: str | Path, image_size: Size | None, limit: int | None, record: bool) -> Artifact:
+    """The artifact, and what would otherwise be found wrong after an hour of evaluating."""
+    if limit is not None and limit < 1:
+        raise UsageError(f"evaluate: limit {limit}, expected 1 or more pictures")
+    artifact = load_at(path, image_size)
+    if record and not os.access(artifact.path, os.W_OK):
+        raise OutputError(
+            f"{artifact.path}: not writable, its accuracy cannot be recorded; change its mode, or copy it"
+        )
+    return artifact
+
+
+def _recorded(
+    artifact: Artifact, contestant: _Contestant, found: PictureSet, ran: _Ran, limit: int | None
+) -> dict[str, Any]:
+    """The manifest's account of an accuracy: counts, and one bit for each picture in their order.
+
+    Without a date, so that the same evaluation leaves the same manifest.
+    """
+    ranks = np.concatenate(contestant.ranks)
+    top5 = {"hits": int((ranks < TOP).sum()), "total": len(ranks)} if len(found.classes) > TOP else None
+    return {
+        "image_size": list(artifact.image_size),
+        "data": {
+            "source": found.source,
+            "kind": found.kind,
+            "sha256": hashlib.sha256("".join(ran.lines or []).encode()).hexdigest(),
+            "pictures": len(ran.used),
+            "limit": limit,
+            "seed": None if limit is None else SEED,
+        },
+        "top1": {"hits": int((ranks < 1).sum()), "total": len(ranks)},
+        "top5": top5,
+        "hits": np.packbits(ranks < 1).tobytes().hex(),
+        "runtime": contestant.session.runtime.name,
+        "edgevit": __version__,
     }
 
 
@@ -250,13 +290,30 @@ def _reference_module(artifact: Artifact, weights: str | Path | None) -> Any:
     return loaded.module
 
 
-def _run(found: PictureSet, data: str | Path, opened: list[_Contestant], limit: int | None, progress: Progress) -> _Ran:
-    """Run all on the same pictures, a few at a time."""
+@contextlib.contextmanager
+def _loaded(opened: list[_Contestant]) -> Iterator[None]:
+    """All of them at once, each in the precision that was asked for."""
+    with contextlib.ExitStack() as stack:
+        for contestant in opened:
+            stack.enter_context(contestant.session).require_precision(Path(contestant.what))
+        yield
+
+
+def _run(
+    found: PictureSet,
+    data: str | Path,
+    opened: list[_Contestant],
+    limit: int | None,
+    progress: Progress,
+    *,
+    hashed: bool = False,
+) -> _Ran:
+    """Run all on the same pictures, a few at a time; `hashed` tells afterwards which ones they were."""
     from edgevit.bench.accuracy import ranks, sqnr_db
 
     sequence = [p for p in (found.pictures if limit is None else found.shuffled(SEED)) if p.label is not None]
     wanted = min(limit or len(sequence), len(sequence))
-    ran = _Ran(list(found.skipped))
+    ran = _Ran(list(found.skipped), [] if hashed else None)
     shapes = list(dict.fromkeys((contestant.image, contestant.image.size) for contestant in opened))
     for chunk in _chunks(read_usable(found, sequence, shapes, ran.skipped), _chunk_size(opened), wanted):
         labels = np.array([read.picture.label for read in chunk])
@@ -270,6 +327,8 @@ def _run(found: PictureSet, data: str | Path, opened: list[_Contestant], limit: 
         for i, contestant in enumerate(opened[:-1]):
             contestant.sqnr_db.append(sqnr_db(logits[-1], logits[i]))
         ran.used += [read.picture for read in chunk]
+        if ran.lines is not None:
+            ran.lines += [f"{found.sha256(read.picture, read.image)} {read.picture.label}\n" for read in chunk]
         progress(len(ran.used) / wanted, f"evaluating: {len(ran.used)} of {wanted} pictures")
     if not ran.used:
         raise none_usable(data, ran.skipped)

@@ -95,8 +95,8 @@ def _judged(
 
     operators = session.runtime.profile(feed, runs)
     own = path == artifact.model_file
-    complexity = artifact.manifest["complexity"] if own else None
-    total = complexity.get("macs") if complexity else None
+    complexity = artifact.manifest.get("complexity") if own else None
+    total = complexity.get("macs") if isinstance(complexity, dict) else None
     total = total if isinstance(total, int) else None
     graphs = [file for file in ([path, artifact.checked_file] if own else [path]) if file.suffix == ".onnx"]
     if graphs and any(operator.macs is None for operator in operators):

@@ -286,9 +286,7 @@ def _in_and_out(trials: Trials, progress: Progress) -> list[dict[str, Any]]:
         progress((i + 0.5) / len(blocks), f"{block} ({i + 1} of {len(blocks)})")
         alone = trials.measure(only=patterns_of(block))
         without = trials.measure(keep_float=(*kept, *patterns_of(block))) if len(blocks) > 1 else None
-        rows.append(
-            {"block": block, "macs": macs, "one_in": _record(alone), "one_out": without and _record(without)}
-        )
+        rows.append({"block": block, "macs": macs, "one_in": _record(alone), "one_out": without and _record(without)})
     return rows
 
 

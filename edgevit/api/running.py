@@ -60,12 +60,51 @@ def session_of(artifact: Artifact, on: RunOn, model_file: Path | None = None) ->
     Raises:
         UnknownNameError: no runtime of this name takes its files.
     """
+    return Session(open_runtime(*chosen(artifact, on, model_file), artifact.manifest["precision"], on))
+
+
+def chosen(artifact: Artifact, on: RunOn, model_file: Path | None = None) -> tuple[str, Path]:
+    """The name of what runs an artifact, and the file that it loads.
+
+    Raises:
+        UnknownNameError: no runtime of this name takes its files.
+    """
     name, path = (on.runtime, None) if on.runtime else _own_runtime(artifact)
     files = [file for file in (model_file, path) if file] or [artifact.model_file, artifact.checked_file]
     path = next((file for file in files if name in registry.runtimes_for(file.name)), None)
     if path is None:
         known = {runtime for file in files for runtime in registry.runtimes_for(file.name)}
         raise UnknownNameError(f"runtime for {files[0].name}", name, known)
+    return name, path
+
+
+def timed(artifact: Artifact, on: RunOn, model_file: Path | None = None) -> tuple[str, Path]:
+    """As `chosen`, of what is timed: nothing stands in for the target's own runtime unless it was named.
+
+    Raises:
+        RuntimeFailure: this machine cannot run the target. UsageError: a runtime whose time is no device's.
+    """
+    own = registry.exporter(artifact.manifest["target"]).runtime
+    if on.runtime is None and (obstacle := obstacle_of(own)):
+        raise RuntimeFailure(
+            f"{artifact.path}: {obstacle}; it is timed on its device, or name what to time here with --runtime"
+        )
+    name, path = chosen(artifact, on, model_file)
+    if registry.RUNTIMES[name].emulates:
+        raise UsageError(
+            f"runtime {name} computes what a device would compute, in a time that is no device's: "
+            f"name another with --runtime, or time {artifact.path} there"
+        )
+    return name, path
+
+
+def timed_session(artifact: Artifact, on: RunOn, model_file: Path | None = None) -> Session:
+    """What is timed, in this process and not loaded yet.
+
+    Raises:
+        RuntimeFailure: this machine cannot run the target. UsageError: a runtime whose time is no device's.
+    """
+    name, path = timed(artifact, on, model_file)
     return Session(open_runtime(name, path, artifact.manifest["precision"], on))
 
 

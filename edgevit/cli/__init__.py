@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from edgevit.errors import EdgevitError
 
-from . import accuracy, catalog, checking, exporting, quantizing, running  # noqa: F401  # importing them registers their verbs, in the order of --help
+from . import accuracy, benching, catalog, checking, exporting, gating, quantizing, running  # noqa: F401  # importing them registers their verbs, in the order of --help
 from .shell import app, err, plain
 
 __all__ = ["main"]

@@ -7,8 +7,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from edgevit.manifest import MANIFEST
+
 from .arguments import parse_runtime_options, parse_size
-from .shell import ArtifactPath, Json, Runtime, RuntimeOptions, Threads, Weights, Which, app, emit, plain, progress_bar
+from .shell import (
+    ArtifactPath,
+    Json,
+    Runtime,
+    RuntimeOptions,
+    Threads,
+    Weights,
+    Which,
+    app,
+    emit,
+    err,
+    plain,
+    progress_bar,
+)
 
 SKIPPED_SHOWN = 5  # --json has them all
 
@@ -31,6 +46,9 @@ def evaluate(
     threads: Threads = None,
     runtime: Runtime = None,
     runtime_option: RuntimeOptions = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the accuracy into the artifact's manifest, where `gate` finds it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure a classifier's accuracy on pictures with classes, each figure with its 95 % interval."""
@@ -47,8 +65,11 @@ def evaluate(
             threads=threads,
             runtime_options=parse_runtime_options(runtime_option),
             image_size=parse_size(image_size),
+            record=record,
             progress=progress,
         )
+    if record:
+        err.print(plain(f"recorded in {artifact / MANIFEST}"), soft_wrap=True)
     emit(document, as_json, lambda out: _show(out, document))
 
 

@@ -1,4 +1,4 @@
-"""The verbs that run an artifact: run, bench."""
+"""The verb that runs an artifact: run."""
 
 from __future__ import annotations
 
@@ -9,22 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from edgevit.errors import UsageError
-
 from .arguments import parse_runtime_options, parse_size
-from .shell import (
-    ArtifactPath,
-    Json,
-    Runtime,
-    RuntimeOptions,
-    Threads,
-    Which,
-    app,
-    emit,
-    plain,
-    progress_bar,
-    show_results,
-)
+from .shell import ArtifactPath, Json, Runtime, RuntimeOptions, Which, app, emit, plain
 
 
 @app.command(epilog="Example: edgevit run dist/mobileformer_294m-onnx-fp32 photo.jpg --labels imagenet.txt")
@@ -59,38 +45,3 @@ def run(
             out.print("the weights are random: these predictions mean nothing")
 
     emit(document, as_json, show)
-
-
-@app.command(epilog="Example: edgevit bench mobileformer_26m --vs naive --threads 1 --duration 20")
-def bench(
-    items: Annotated[list[str], typer.Argument(metavar="ARTIFACT|MODEL...", help="Raced against each other.")],
-    image_size: Which = None,
-    threads: Threads = None,
-    duration: Annotated[float, typer.Option(help="Seconds for each contestant.")] = 5.0,
-    loads: Annotated[int, typer.Option(min=1, help="How often each is loaded afresh; one load may be luckier.")] = 3,
-    vs: Annotated[str | None, typer.Option(help="naive: race each against PyTorch's own export.")] = None,
-    runtime: Runtime = None,
-    runtime_option: RuntimeOptions = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of turns and the bootstrap.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Time artifacts in interleaved rounds; ratios with intervals."""
-    from edgevit import api
-
-    if vs not in (None, "naive"):
-        raise UsageError(f"--vs {vs!r}: expected naive")
-    with progress_bar() as progress:
-        document = api.benchmark(
-            items,
-            image_size=parse_size(image_size),
-            threads=threads,
-            duration_s=duration,
-            loads=loads,
-            vs="naive" if vs else None,
-            runtime=runtime,
-            runtime_options=parse_runtime_options(runtime_option),
-            seed=seed,
-            progress=progress,
-        )
-
-    emit(document, as_json, lambda out: show_results(out, document))

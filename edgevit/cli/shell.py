@@ -72,20 +72,32 @@ def emit(document: dict[str, Any] | list[Any], as_json: bool, show: Callable[[Co
 
 
 def show_results(out: Console, document: dict[str, Any]) -> None:
-    """Latencies as a table, then what compares them, then the warnings."""
-    table = Table(box=None)
-    for column in ("name", "precision", "p50 ms", "p90 ms", "p99 ms", "runs"):
+    """Latencies as a table, then what compares them, then what changed on the machine, then the warnings."""
+    results = document["results"]
+    percentiles = sorted({q for result in results for q in result["latency_text"]}, key=lambda q: float(q[1:]))
+    table, with_limit = Table(box=None), any(result.get("roofline") for result in results)
+    columns = ("name", "precision", *(f"{q} ms" for q in percentiles), "runs", *(("of limit",) if with_limit else ()))
+    for column in columns:
         table.add_column(column, justify="left" if column in ("name", "precision") else "right", no_wrap=True)
-    for result in document["results"]:
-        cells = [result["latency_text"][q] for q in ("p50", "p90", "p99")]
-        precision = result["effective_precision"] or "not known"
-        table.add_row(plain(result["name"]), precision, *cells, str(len(result["samples_ms"])))
+    for result in results:
+        cells = [plain(result["latency_text"].get(q, "")) for q in percentiles]
+        precision = plain(result["effective_precision"] or "not known")
+        limit = (_share(result.get("roofline")),) if with_limit else ()
+        table.add_row(plain(result["name"]), precision, *cells, str(len(result["samples_ms"])), *limit)
     out.print(table)
     for comparison in document["comparisons"]:
         names = f"{comparison['candidate']} against {comparison['baseline']}"
         out.print(plain(f"{names}: {comparison['verdict']}"))
+    for change in document.get("changes", ()):
+        err.print(plain(f"the machine changed: {change['text']}"), soft_wrap=True)
     for warning in document["warnings"]:
         err.print(plain(f"warning: {warning}"), soft_wrap=True)
+
+
+def _share(roofline: dict[str, Any] | None) -> str:
+    """The share of the machine's limit that a result reached."""
+    share = (roofline or {}).get("share")
+    return "n/a" if share is None else f"{share:.0%}"
 
 
 @contextmanager

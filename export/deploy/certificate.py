@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from edgevit.errors import ExportError
 from edgevit.specs import Batch, Certificate
@@ -38,20 +39,23 @@ Rewrite = Callable[[nn.Module, DeploySpec], Changed]
 
 @dataclass(frozen=True)
 class Probe:
-    """What a module computes on the test image, and what it costs."""
+    """What a module computes on the test image, and what it costs; `macs` for one picture."""
 
     outputs: tuple[Tensor, ...]
     operations: int
+    macs: int
     parameters: int
 
 
 def probe(module: nn.Module, spec: DeploySpec) -> Probe:
     """Run a float64 module on a fixed random image of the shape of `spec`; two pictures where the batch is not one."""
-    shape = (1 if spec.batch == 1 else 2, 3, spec.height, spec.width)
+    pictures = 1 if spec.batch == 1 else 2
+    shape = (pictures, 3, spec.height, spec.width)
     image = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), _CountOperations() as counter:
         out = module(image)
-    return Probe((out,) if isinstance(out, Tensor) else tuple(out), counter.operations, _parameters(module))
+    outputs = (out,) if isinstance(out, Tensor) else tuple(out)
+    return Probe(outputs, counter.operations, counter.flops // (2 * pictures), _parameters(module))
 
 
 def certify(
@@ -89,6 +93,8 @@ def certify(
         parameters_after=now.parameters,
         operations_before=before.operations,
         operations_after=now.operations,
+        macs_before=before.macs,
+        macs_after=now.macs,
         input_independent=True,  # a rewrite is handed the module and a shape, never an image
         notes=notes,
     )
@@ -110,13 +116,16 @@ def _parameters(module: nn.Module) -> int:
 
 
 class _CountOperations(TorchDispatchMode):
-    """Counts the tensor operations that compute or move data; views are free in every target."""
+    """Counts the tensor operations that compute or move data, views being free in every target, and products' flops."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.operations = 0
+        self.operations = self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func.is_view:
             self.operations += 1
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out

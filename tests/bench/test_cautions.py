@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 
 from edgevit.bench import cautions
-from edgevit.bench.machine import CpuLoad
 from edgevit.specs import LatencyResult
 
 QUIET = [10.0, 10.1, 9.9, 10.2, 9.8] * 20  # milliseconds; median 10, median absolute deviation 0.1
@@ -20,7 +19,6 @@ def result(samples_ms: Sequence[float], turn: int = 10) -> LatencyResult:
 
 def test_a_quiet_run_gets_no_warning() -> None:
     assert [*cautions.outliers(result(QUIET)), *cautions.drift(result(QUIET))] == []
-    assert list(cautions.busy_machine(CpuLoad(5, 1000, 0.4, 4), CpuLoad(5, 2000, 4.0, 4))) == []
 
 
 def test_many_slow_runs_are_outliers() -> None:
@@ -60,15 +58,3 @@ def test_drift_is_told_in_its_direction() -> None:
 )
 def test_small_changes_and_few_rounds_are_no_drift(samples_ms: list[float]) -> None:
     assert list(cautions.drift(result(samples_ms))) == []
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        (CpuLoad(), CpuLoad()),  # nothing readable: not Linux
-        (CpuLoad(0, 1000), CpuLoad(4, 1100)),  # too few ticks to mean anything
-        (CpuLoad(0, 1000), CpuLoad(10, 2000)),  # exactly one per cent
-    ],
-)
-def test_little_or_unknown_steal_is_not_told(before: CpuLoad, after: CpuLoad) -> None:
-    assert list(cautions.busy_machine(before, after)) == []

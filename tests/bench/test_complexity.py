@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from edgevit.bench.complexity import count_module, count_onnx
+from edgevit.bench.complexity import Moved, NodeCost, costs_by_node, count_module, count_onnx, macs_by_node
 from edgevit.errors import ArtifactError, ExportError
 from edgevit.models.mobile_former import CONFIGS, MobileFormer
 from edgevit.specs import ModuleCount
@@ -319,3 +319,98 @@ def test_attention_counts_both_products(query: Shape, key: Shape, value: Shape, 
     count = count_onnx(model)
 
     assert (count.macs, count.macs_by_op, count.unknown) == (macs, {"Attention": macs}, {})
+
+
+# ---- what each node computes and moves
+
+
+def test_a_node_reads_its_weights_and_what_was_computed_and_writes_what_it_makes() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "product"),
+        helper.make_node("Add", ["a", "b"], ["y"]),  # without a name
+    ]
+    made = graph(nodes, {"x": ("batch", 3)}, ("batch", 5), w=zeros(3, 5), b=zeros(5))
+    for batch in (1, 4):
+        assert costs_by_node(made, batch) == {
+            "product": NodeCost(
+                15 * batch,
+                (Moved("x", 3 * batch, 32, stored=False), Moved("w", 15, 32, stored=True)),
+                (Moved("a", 5 * batch, 32, stored=False),),
+            ),
+            "y": NodeCost(
+                0,
+                (Moved("a", 5 * batch, 32, stored=False), Moved("b", 5, 32, stored=True)),
+                (Moved("y", 5 * batch, 32, stored=False),),
+            ),
+        }
+    assert macs_by_node(made) == {"product": 15}
+
+
+def test_what_is_seen_otherwise_is_not_moved_and_keeps_its_name() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], "relu"),
+        helper.make_node("Flatten", ["a"], ["b"], "flat"),
+        helper.make_node("Identity", ["b"], ["c"], "same"),
+        helper.make_node("MatMul", ["c", "w"], ["y"], "product"),
+    ]
+    costs = costs_by_node(graph(nodes, {"x": (1, 2, 3)}, (1, 5), w=zeros(6, 5)))
+    assert costs["flat"] == costs["same"] == NodeCost(0, (), ())
+    assert costs["product"].reads[0] == Moved("a", 6, 32, stored=False)
+
+
+def test_int8_operands_are_as_large_as_they_are_stored() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], "relu"),
+        helper.make_node("QuantizeLinear", ["a", "s", "z"], ["q"], "quantize"),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], "dequantize"),
+        helper.make_node("DequantizeLinear", ["w", "s"], ["v"], "weight"),
+        helper.make_node("Transpose", ["v"], ["t"], "turned"),
+        helper.make_node("MatMul", ["d", "t"], ["y"], "product"),
+    ]
+    stored = {"s": np.float32(1), "z": np.uint8(0), "w": zeros(5, 3, dtype=np.int8)}
+    costs = costs_by_node(graph(nodes, {"x": (2, 3)}, (2, 5), **{k: np.asarray(v) for k, v in stored.items()}))
+    assert set(costs) == {"relu", "quantize", "dequantize", "product"}  # what is stored is made once
+    assert costs["product"].reads == (Moved("d", 6, 8, stored=False), Moved("t", 15, 8, stored=True))
+    assert costs["relu"].writes == (Moved("a", 6, 8, stored=False),)  # no other reads it wide
+    assert [tensor.size_bytes(32) for tensor in costs["product"].reads] == [6, 15]
+
+
+def test_what_is_read_wide_as_well_is_written_wide() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["a"], "relu"),
+        helper.make_node("QuantizeLinear", ["a", "s"], ["q"], "quantize"),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["d"], "dequantize"),
+        helper.make_node("Add", ["d", "a"], ["y"], "add"),
+    ]
+    costs = costs_by_node(graph(nodes, {"x": (2, 3)}, (2, 3), s=np.asarray(np.float32(1))))
+    assert costs["relu"].writes == (Moved("a", 6, 32, stored=False),)
+
+
+def test_of_a_table_only_the_rows_that_are_taken_are_read() -> None:
+    node = helper.make_node("Gather", ["w", "i"], ["g"], "take")
+    made = graph(
+        [node, helper.make_node("Add", ["g", "x"], ["y"], "add"), helper.make_node("Cast", ["x"], ["i2"], to=7)],
+        {"x": (2, 4)}, (2, 4), w=zeros(1000, 4), i=np.array([1, 2]),
+    )  # fmt: skip
+    assert "take" not in costs_by_node(made)  # table and rows are stored: taken once
+    del made.graph.initializer[1]
+    made.graph.input.append(helper.make_tensor_value_info("i", TensorProto.INT64, [2]))
+    assert costs_by_node(made)["take"].reads[0] == Moved("w", 8, 32, stored=True)
+
+
+def test_nodes_of_one_name_count_together_and_unknown_sizes_are_left_out() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "twice"),
+        helper.make_node("MatMul", ["a", "w"], ["b"], "twice"),
+        helper.make_node("Odd", ["b"], ["c"], "odd", domain="com.example"),
+        helper.make_node("Relu", ["c"], ["y"], "relu"),
+    ]
+    costs = costs_by_node(graph(nodes, {"x": (2, 3)}, None, w=zeros(3, 3)))
+    assert costs["twice"].macs == 36 and len(costs["twice"].reads) == 4
+    assert costs["odd"].writes == () == costs["relu"].reads
+
+
+def test_moved_bytes_are_halved_by_a_narrow_run_and_never_widened() -> None:
+    assert Moved("x", 10, 32, stored=False).size_bytes(16) == 20
+    assert Moved("x", 10, 8, stored=False).size_bytes(16) == 10
+    assert Moved("x", 3, 4, stored=True).size_bytes(32) == 1.5

@@ -5,19 +5,26 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from edgevit.bench.machine import CpuLoad
 from edgevit.bench.stats import describe_comparison, format_percentile
-from edgevit.bench.timing import BenchSettings, Contestant, measure
+from edgevit.bench.timing import BenchSettings, Contestant, document, measure, measure_loads
+from edgevit.bench.watch import Moment
 from edgevit.errors import UsageError
 from edgevit.specs import BenchReport, LatencyResult
 
 
+def still() -> Moment:
+    """A machine on which nothing can be read."""
+    return Moment(0.0)
+
+
 def race(stage: Any, *contestants: Contestant, **settings: Any) -> BenchReport:
-    return measure(contestants, BenchSettings(**settings), stage.clock, load=CpuLoad)
+    return measure(contestants, BenchSettings(**settings), stage.clock, watch=still)
 
 
 def printed(result: LatencyResult) -> list[str]:
@@ -114,6 +121,25 @@ def test_a_race_has_the_rounds_that_an_interval_needs(stage: Any) -> None:
     assert report.comparisons[0].low == pytest.approx(1)
 
 
+def test_p99_prolongs_a_race_where_it_is_wanted(stage: Any) -> None:
+    report = race(stage, stage.contestant("a", 50), wanted=99)
+
+    assert report.stopped_by == "duration"
+    assert 662 <= len(report.results[0].samples_ms) < 670
+    assert report.results[0].latency_ms["p99"] == pytest.approx(50)
+
+
+def test_p50_alone_takes_the_rounds_of_an_interval_and_no_more(stage: Any) -> None:
+    report = race(stage, stage.contestant("a", 1000), wanted=50)
+
+    assert (report.stopped_by, report.rounds) == ("duration", 10)
+    assert report.results[0].latency_ms == {"p50": pytest.approx(1000), "p90": None, "p99": None}
+
+
+def test_the_parts_of_a_race_have_its_samples_together() -> None:
+    assert [BenchSettings(wanted=99, parts=parts).needed for parts in (1, 2, 3)] == [662, 331, 221]
+
+
 def test_p99_alone_does_not_prolong_a_race(stage: Any) -> None:
     report = race(stage, stage.contestant("a", 50), percentiles=(99.0,))
 
@@ -182,7 +208,7 @@ def test_the_garbage_collector_rests_during_the_race_only(stage: Any) -> None:
 def test_progress_rises_from_nought_to_one(stage: Any) -> None:
     told: list[tuple[float, str]] = []
     contestants = [stage.contestant("a", 10), stage.contestant("b", 20)]
-    measure(contestants, clock=stage.clock, load=CpuLoad, progress=lambda *line: told.append(line))
+    measure(contestants, clock=stage.clock, watch=still, progress=lambda *line: told.append(line))
     fractions = [fraction for fraction, _ in told]
 
     assert told[:3] == [(0.0, "warming up a"), (0.0, "warming up b"), (0.0, "round 1, 0 samples each")]
@@ -190,15 +216,60 @@ def test_progress_rises_from_nought_to_one(stage: Any) -> None:
     assert told[-1][0] == 1.0 and told[-1][1].endswith(" rounds")
 
 
-def test_the_cpu_counters_are_read_before_and_after(stage: Any) -> None:
-    loads = iter([CpuLoad(100, 1000, 3.0, 4), CpuLoad(150, 2000, 4.0, 4)])
-    report = measure([stage.contestant("a", 10)], clock=stage.clock, load=lambda: next(loads))
+def test_the_machine_is_looked_at_before_the_first_round_and_after_each(stage: Any) -> None:
+    seen: list[int] = []
 
-    assert report.warnings == (
-        "5.0% of the CPU time was taken away by the hypervisor (steal). Another virtual machine on the same host is "
-        "probably busy. Repeat later; trust ratios more than times.",
-        "load average 3.00 on 4 cores before the run. Other programs were probably running. Close them and repeat.",
-    )
+    def watch() -> Moment:
+        seen.append(len(stage.log))
+        return Moment(stage.now_s, (0,), ticks=int(100 * stage.now_s), busy_ticks=0, own_s=0.0)
+
+    report = measure([stage.contestant("a", 10)], clock=stage.clock, watch=watch)
+    warmed = report.results[0].warmup_runs
+
+    assert seen[0] == warmed
+    assert len(report.moments) == len(seen) == report.rounds + 1
+    assert [b - a for a, b in pairwise(seen)] == [(len(stage.log) - warmed) // report.rounds] * report.rounds
+    assert report.changes == ()
+
+
+def test_a_machine_that_changed_is_told_with_the_reason(stage: Any) -> None:
+    def watch() -> Moment:  # one core, of which another program takes the half from the third second on
+        other = max(0.0, stage.now_s - 3.0) / 2
+        return Moment(stage.now_s, (0,), int(100 * stage.now_s), int(100 * other), 0, own_s=0.0)
+
+    report = measure([stage.contestant("a", 10)], clock=stage.clock, watch=watch)
+
+    assert [change.kind for change in report.changes] == ["load"]
+
+
+def test_what_changed_stands_in_the_document_and_marks_the_results_of_its_race_alone(make_stage: Any) -> None:
+    reports = []
+    for name, load in (("a", 0.0), ("b", 0.5)):
+        stage = make_stage()
+
+        def watch(stage: Any = stage, load: float = load) -> Moment:
+            return Moment(stage.now_s, (0,), int(100 * stage.now_s), int(100 * load * stage.now_s), 0, own_s=0.0)
+
+        reports.append(measure([stage.contestant(name, 10)], clock=stage.clock, watch=watch))
+    told = document(reports, BenchSettings(), 1, 1, {})
+
+    assert [result["machine_changed"] for result in told["results"]] == [[], ["load"]]
+    assert [set(change) for change in told["changes"]] == [{"kind", "text"}]
+
+
+def test_several_loads_have_a_moment_for_each_round_and_the_samples_together(stage: Any) -> None:
+    def watch() -> Moment:
+        return Moment(stage.now_s)
+
+    def load() -> Any:
+        return nullcontext([stage.contestant("a", 50)])
+
+    report = measure_loads(load, 3, BenchSettings(wanted=99), stage.clock, watch=watch)
+
+    assert len(report.moments) == report.rounds + 1
+    assert [moment.at_s for moment in report.moments] == sorted({moment.at_s for moment in report.moments})
+    assert 662 <= len(report.results[0].samples_ms) < 680
+    assert report.results[0].latency_ms["p99"] == pytest.approx(50)
 
 
 def test_a_machine_that_slows_down_leaves_the_ratio_alone(stage: Any) -> None:

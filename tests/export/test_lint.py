@@ -303,14 +303,10 @@ def test_what_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("network", "batch"),
     [
-        ("vit", 1),
         ("vit", "dynamic"),
         ("swin", 1),
-        *(
-            pytest.param(name, batch, marks=pytest.mark.slow)
-            for name in ("crossformer", "lsla")
-            for batch in (1, "dynamic")
-        ),
+        pytest.param("crossformer", "dynamic", marks=pytest.mark.slow),
+        pytest.param("lsla", 1, marks=pytest.mark.slow),
     ],
 )
 def test_the_deploy_form_of_a_network_has_no_error_but_operators_that_a_release_lacks(

@@ -62,16 +62,23 @@ def quantised(path: Path) -> set[str]:
     return {op.get_friendly_name() for op in products(model) if is_quantized(op)}
 
 
-def test_every_linear_becomes_int8_and_the_network_stays_what_it_was(shop: Any, tmp_path: Path) -> None:
-    model = shop.network("swin").float()
-    (built,) = exported(model, tmp_path)
+@pytest.fixture(scope="module")
+def swin(shop: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, Built]:
+    """A small Swin, where it was exported to in int8, and what was said of it."""
+    model, folder = shop.network("swin").float(), tmp_path_factory.mktemp("swin")
+    (built,) = exported(model, folder)
+    return model, folder, built
+
+
+def test_every_linear_becomes_int8_and_the_network_stays_what_it_was(swin: tuple[nn.Module, Path, Built]) -> None:
+    model, folder, built = swin
     floats = [entry["node"] for entry in built.choices["kept_float"]]
     assert built.choices["quantized"]["Gemm"] > 20
     assert all("matmul" in name for name in floats)
-    assert sum(built.choices["quantized"].values()) == len(quantised(tmp_path / "model.xml"))
+    assert sum(built.choices["quantized"].values()) == len(quantised(folder / "model.xml"))
     assert built.choices["weights"] == "i8" and built.choices["inference_precision"] == "f32"
     assert built.choices["calibrated"]["pictures"] == 4
-    assert cosine(model, tmp_path / "model.xml") > NEAR
+    assert cosine(model, folder / "model.xml") > NEAR
 
 
 def test_mobile_former_quantises_and_keeps_hyper_networks_and_depthwise_float(shop: Any, tmp_path: Path) -> None:
@@ -96,7 +103,7 @@ def test_only_and_keep_float_are_honoured_for_every_product(shop: Any, tmp_path:
 
 
 def test_nothing_left_to_quantise_is_not_called_int8(shop: Any, tmp_path: Path) -> None:
-    model = shop.build("plain").float()
+    model = shop.network("vit").float()
     (built,) = exported(model, tmp_path, keep_float=("*",))
     assert built.choices["quantized"] == {}
     assert {entry["why"] for entry in built.choices["kept_float"]} <= {"asked for", *for_openvino.KEPT.values()}
@@ -104,7 +111,7 @@ def test_nothing_left_to_quantise_is_not_called_int8(shop: Any, tmp_path: Path) 
         cosine(model, tmp_path / "model.xml")
 
 
-@pytest.mark.parametrize("batch", [3, "dynamic"])
+@pytest.mark.parametrize("batch", ["dynamic", pytest.param(3, marks=pytest.mark.slow)])
 def test_other_batches(batch: Any, shop: Any, tmp_path: Path) -> None:
     model = shop.network("vit").float()
     exported(model, tmp_path, batch=batch)
@@ -118,23 +125,24 @@ def test_features_and_several_sizes(shop: Any, tmp_path: Path) -> None:
     assert cosine(model, tmp_path / "model-64x64.xml") > NEAR
 
 
-def test_the_same_model_gives_the_same_bytes(shop: Any, tmp_path: Path) -> None:
-    model = shop.network("vit").float()
+def test_the_same_model_gives_the_same_bytes_prints_nothing_and_leaves_the_environment_alone(
+    shop: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, before = shop.network("vit").float(), dict(os.environ)
     for folder in ("first", "second"):
         exported(model, tmp_path / folder)
+    assert capfd.readouterr() == ("", "")
+    assert dict(os.environ) == before
     for ending in ("xml", "bin"):
         first, second = ((tmp_path / f / f"model.{ending}").read_bytes() for f in ("first", "second"))
         assert first == second
     assert str(tmp_path) not in (tmp_path / "first" / "model.xml").read_text()
 
 
-def test_the_file_is_a_third_of_float32(shop: Any, tmp_path: Path) -> None:
-    model = shop.swin().float().eval()
-    exported(model, tmp_path / "int8")
-    spec = ExportSpec("small", "openvino", image_size=SIZE)
-    (tmp_path / "fp32").mkdir()
-    OpenvinoExporter().export(model, CARD, [spec], tmp_path / "fp32")
-    small, large = ((tmp_path / p / "model.bin").stat().st_size for p in ("int8", "fp32"))
+def test_the_file_is_a_third_of_float32(swin: tuple[nn.Module, Path, Built], tmp_path: Path) -> None:
+    model, folder, _ = swin
+    OpenvinoExporter().export(model, CARD, [ExportSpec("small", "openvino", image_size=SIZE)], tmp_path)
+    small, large = ((path / "model.bin").stat().st_size for path in (folder, tmp_path))
     assert small < 0.3 * large
 
 
@@ -164,9 +172,9 @@ def test_weights_of_one_large_row_or_column_keep_the_small_ones(place: Any) -> N
     assert not for_openvino._in_int8(0 * weights)[0].any()
 
 
-def test_the_profile_tells_int8_from_float_inside_one_fused_operator(shop: Any, tmp_path: Path) -> None:
-    (built,) = exported(shop.network("swin").float(), tmp_path)
-    with Session(OvRuntime(tmp_path / "model.xml", None, "int8")) as session:
+def test_the_profile_tells_int8_from_float_inside_one_fused_operator(swin: tuple[nn.Module, Path, Built]) -> None:
+    _, folder, built = swin
+    with Session(OvRuntime(folder / "model.xml", None, "int8")) as session:
         share = session.runtime.describe()["int8_share"]
         operators = session.runtime.profile({"image": pictures(1)}, 0)
     assert 0.5 < share < 1
@@ -176,7 +184,14 @@ def test_the_profile_tells_int8_from_float_inside_one_fused_operator(shop: Any, 
     assert all(o.name in floats or floats & set(o.origins) for o in operators if o.macs and o.precision == "fp32")
 
 
-@pytest.mark.parametrize("options", [{"calibrator": "mse"}, {"calibrator": "percentile"}, {"preset": "performance"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"calibrator": "mse"},
+        pytest.param({"calibrator": "percentile"}, marks=pytest.mark.slow),
+        pytest.param({"preset": "performance"}, marks=pytest.mark.slow),
+    ],
+)
 def test_other_choices_work(options: dict[str, Any], shop: Any, tmp_path: Path) -> None:
     model = shop.network("vit").float()
     exported(model, tmp_path, **options)
@@ -197,15 +212,6 @@ def test_no_pictures_are_an_error(calibration: Calibration | None, shop: Any, tm
     spec = ExportSpec("small", "openvino", "int8", image_size=SIZE, recipe=OpenvinoRecipe())
     with pytest.raises(ExportError, match=r"no calibration pictures of this size.*--calibration"):
         OpenvinoExporter().export(shop.network("vit").float(), CARD, [spec], tmp_path, calibration)
-
-
-def test_nothing_is_printed_and_the_environment_is_left_alone(
-    shop: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    before = dict(os.environ)
-    exported(shop.network("vit").float(), tmp_path)
-    assert capfd.readouterr() == ("", "")
-    assert dict(os.environ) == before
 
 
 def test_a_missing_nncf_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:

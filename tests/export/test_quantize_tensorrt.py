@@ -71,8 +71,7 @@ def make(shop: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return made
 
 
-@pytest.mark.parametrize("oldest", ["8.6", "10.0"])
-@pytest.mark.parametrize("name", ["swin", "residual"])
+@pytest.mark.parametrize(("name", "oldest"), [("swin", "8.6"), ("swin", "10.0"), ("residual", "8.6")])
 def test_scales_are_symmetric_and_signed_and_biases_stay_floating(make: Any, name: str, oldest: str) -> None:
     made = make(name, oldest)
     assert made.products()
@@ -87,8 +86,14 @@ def test_scales_are_symmetric_and_signed_and_biases_stay_floating(make: Any, nam
         assert len(node.input) < 3 or made.stored[node.input[2]].data_type != TensorProto.INT32
 
 
-@pytest.mark.parametrize(("oldest", "kind"), [("8.6", TensorProto.FLOAT), ("10.0", TensorProto.FLOAT16)])
-@pytest.mark.parametrize("name", ["swin", "residual"])
+@pytest.mark.parametrize(
+    ("name", "oldest", "kind"),
+    [
+        ("swin", "8.6", TensorProto.FLOAT),
+        ("swin", "10.0", TensorProto.FLOAT16),
+        ("residual", "8.6", TensorProto.FLOAT),
+    ],
+)
 def test_a_product_has_the_type_of_its_scales_with_no_cast_between(
     make: Any, name: str, oldest: str, kind: int
 ) -> None:
@@ -149,12 +154,14 @@ def test_the_users_patterns_hold(make: Any) -> None:
     kept = make("swin", keep_float=("*.mlp.*",))
     assert kept.products()
     assert not [node.name for node in kept.products() if ".mlp." in node.name]
-    nothing = make("swin", only=("nowhere*",))
+    nothing = make("vit", only=("nowhere*",))
     assert not nothing.nodes(Q, DQ)
     assert any("no product of this network becomes int8" in note for note in nothing.built.notes)
 
 
-@pytest.mark.parametrize("name", ["swin", "lsla", "crossformer", "residual"])
+@pytest.mark.parametrize(
+    "name", ["swin", "residual", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lsla", "crossformer"))]
+)
 def test_it_stays_close_to_the_float_network(make: Any, name: str) -> None:
     made, images = make(name), pictures()
     with torch.no_grad():

@@ -97,9 +97,9 @@ def ranks(runtime: MilReference) -> set[int]:
 
 
 NETWORKS = [
-    ("swin", "fp16", "18", 1),
     ("vit_distilled", "fp32", "18", 2),
     ("residual", "fp16", "16", 1),
+    pytest.param("swin", "fp16", "18", 1, marks=pytest.mark.slow),
     pytest.param("crossformer_plus", "fp16", "16", 2, marks=pytest.mark.slow),
     pytest.param("lsla", "fp16", "17", 1, marks=pytest.mark.slow),
 ]
@@ -122,8 +122,9 @@ def test_a_network_of_each_family(shop: Any, tmp_path: Path, name: str, precisio
 
 
 @pytest.mark.slow
-def test_every_small_network_at_any_batch(shop: Any, network: str, tmp_path: Path) -> None:
-    features = "features" in network or network == "crossformer_pyramid"
+@pytest.mark.parametrize("network", ["swin_features", "crossformer_old_features", "lsla_features", "vit_distilled"])
+def test_small_networks_at_any_batch(shop: Any, network: str, tmp_path: Path) -> None:
+    features = "features" in network
     model = shop.network(network).float()
     built = exported(model, tmp_path, {"image_size": (64, 96), "batch": "dynamic", "features_only": features})
     runtime = interpreter(tmp_path, built)
@@ -132,18 +133,16 @@ def test_every_small_network_at_any_batch(shop: Any, network: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_every_small_mobile_former_at_any_batch(small: nn.Module, tmp_path: Path) -> None:
-    model = small.float()
-    features = isinstance(model(torch.zeros(1, 3, 32, 64)), tuple)
+@pytest.mark.parametrize("name", ["residual", "grouped", "spatial_features"])
+def test_small_mobile_formers_at_any_batch(shop: Any, name: str, tmp_path: Path) -> None:
+    model, features = shop.build(name).float(), "features" in name
     built = exported(model, tmp_path, {"image_size": (32, 64), "batch": "dynamic", "features_only": features})
     runtime = interpreter(tmp_path, built)
     assert max(off(model, runtime, built, pictures(n, (32, 64))) for n in (1, 3)) <= FULL_LIMIT
 
 
-LARGE = (
-    *("mobileformer_26m", "mobileformer_294m", "mobileformer_508m", "crossformer_t", "crossformer_s"),
-    *("crossformerpp_s", "vit_lsla", "swin_t", "deit_tiny"),
-)
+# One or two of each family: their siblings have more of the same blocks.
+LARGE = ("mobileformer_26m", "crossformer_s", "crossformerpp_s", "vit_lsla", "swin_t", "deit_tiny")
 
 
 @pytest.mark.slow

@@ -13,17 +13,15 @@ import pytest
 
 from edgevit import api
 
-SIZE = (64, 64)
-BLOCKS = {"swin_t": 12, "crossformer_t": 16, "vit_lsla": 16, "deit_tiny": 12}
-FUSED = [
-    name for name in BLOCKS if name != "vit_lsla"
-]  # its scale and outer bias are no part of any attention operator
+BLOCKS = {"swin_tiny": 5, "crossformer_tiny": 5, "vit_lsla_tiny": 5, "vit_reference_tiny": 4}
+PUBLISHED = {"swin_t": 12, "crossformer_t": 16}  # at a small size; the others have more of the small ones' blocks
 
 
-@pytest.fixture(scope="module", params=BLOCKS)
+@pytest.fixture(scope="module", params=[*BLOCKS, *(pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED)])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A network's name and its ONNX file for small pictures."""
-    artifact = api.export_model(request.param, "onnx", image_size=SIZE, out=tmp_path_factory.mktemp("fusion"))
+    """A network's name and its ONNX file."""
+    size = (64, 64) if request.param in PUBLISHED else (224, 224)
+    artifact = api.export_model(request.param, "onnx", image_size=size, out=tmp_path_factory.mktemp("fusion"))
     return request.param, artifact.model_file
 
 
@@ -47,14 +45,15 @@ def executed_by_openvino(path: Path) -> Counter[str]:
 
 def test_onnxruntime_runs_each_attention_as_one_kernel(exported: tuple[str, Path], tmp_path: Path) -> None:
     name, path = exported
+    blocks = (BLOCKS | PUBLISHED)[name]
     executed = executed_by_onnxruntime(path, tmp_path)
-    if name in FUSED:
-        assert executed["Attention"] == BLOCKS[name]
+    if not name.startswith("vit_lsla"):
+        assert executed["Attention"] == blocks
         assert executed["Softmax"] == executed["MatMul"] == executed["FusedMatMul"] == 0
-    else:  # the cheapest exact form: two products, and one pass each for scale, bias and outer bias
+    else:  # its scale and outer bias are in no attention operator: two products, a pass each for scale and both biases
         assert executed["Attention"] == 0
-        assert executed["Softmax"] == executed["Mul"] == BLOCKS[name]
-        assert executed["MatMul"] + executed["FusedMatMul"] == 2 * BLOCKS[name]
+        assert executed["Softmax"] == executed["Mul"] == blocks
+        assert executed["MatMul"] + executed["FusedMatMul"] == 2 * blocks
 
 
 def test_openvino_runs_each_attention_as_one_subgraph(exported: tuple[str, Path]) -> None:
@@ -62,4 +61,4 @@ def test_openvino_runs_each_attention_as_one_subgraph(exported: tuple[str, Path]
     name, path = exported
     executed = executed_by_openvino(path)
     assert executed["Softmax"] == executed["MatMul"] == 0
-    assert executed["Subgraph"] + executed["ScaledDotProductAttention"] >= BLOCKS[name]
+    assert executed["Subgraph"] + executed["ScaledDotProductAttention"] >= (BLOCKS | PUBLISHED)[name]

@@ -1,0 +1,383 @@
+"""Has a change made a network slower, larger or worse? `gate`, for a pull request or a desk."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgevit.artifact import Artifact
+from edgevit.errors import UsageError
+from edgevit.manifest import MANIFEST
+from edgevit.specs import Check, GateReport, Size, size_text
+
+from .calibrating import Progress
+from .running import RunOn, load_at
+from .working import Job, Worker, job_of
+
+if TYPE_CHECKING:
+    from edgevit.bench.budget import Limits
+    from edgevit.bench.gate import Decision, Estimate, GateSettings, Judge, Logs, Pair, Turn
+    from edgevit.bench.store import Entry, Stored
+    from edgevit.bench.watch import Moment
+
+SPREAD_RUNS = 3  # stored measurements of one artifact from which it is told how much one differs from the next
+BEGUN = "the first measurement of this artifact on this machine"
+Z95 = 1.96  # of the normal distribution: what 95 % lie within
+
+
+def gate(
+    baseline: str | Path,
+    candidate: str | Path,
+    *,
+    max_slowdown: float = 0.05,
+    max_drop_points: float = 0.5,
+    max_size: float = 0.01,
+    max_parameters: float = 0.0,
+    max_macs: float = 0.0,
+    budget_s: float = 60.0,
+    threads: int | None = None,
+    runtime: str | None = None,
+    runtime_options: Mapping[str, Any] | None = None,
+    image_size: Size | None = None,
+    across_machines: bool = False,
+    update_baseline: bool = False,
+    seed: int = 0,
+    progress: Progress = lambda fraction, text: None,
+) -> dict[str, Any]:
+    """Compare a candidate artifact with a baseline: `verdict` is "pass", "regression" or "inconclusive".
+
+    The baseline is an artifact, which is measured here beside the candidate; or a stored result (.json), or a store
+    (directory) of them: then both are compared by how much longer they take than the reference workload. What is
+    allowed are shares of the baseline's figure (0.05 = 5 %), and points of top-1 that may be lost on pictures that
+    `evaluate --record` has noted for both. After `budget_s` seconds an answer that is not clear is inconclusive.
+    `across_machines` takes a result of another machine all the same; `update_baseline` adds what passes to the store.
+
+    Returns the fields of `specs.GateReport`; `machine_before` and `machine`; `stored`, the file of the store that the
+    measurement was added to; `text`, lines for a terminal; `markdown`, for a pull request.
+
+    Raises:
+        UsageError, ArtifactError. InputError: the stored result. RuntimeFailure: this machine cannot time one of them.
+    """
+    from edgevit.bench.budget import Limits
+    from edgevit.bench.gate import GateSettings
+
+    limits = Limits(max_slowdown, max_drop_points, max_size, max_parameters, max_macs)
+    settings = GateSettings(max_slowdown, budget_s, seed)
+    measuring = _Measuring(settings, limits, RunOn(runtime, threads, runtime_options or {}), progress)
+    return measuring.documented(Path(baseline), load_at(candidate, image_size), across_machines, update_baseline)
+
+
+def _is_stored(place: Path, update: bool) -> bool:
+    """Whether this is a stored result or a store of them; a store may be yet to be made."""
+    return (
+        place.suffix == ".json"
+        or (place.is_dir() and not (place / MANIFEST).exists())
+        or (update and not place.exists())
+    )
+
+
+@dataclass
+class _Measuring:
+    """One gate under way. `scratch` and `machine` are there while it measures."""
+
+    settings: GateSettings
+    limits: Limits
+    on: RunOn
+    progress: Progress
+    scratch: Path = Path()
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+    def documented(self, place: Path, candidate: Artifact, across: bool, update: bool) -> dict[str, Any]:
+        """The report, the machine before and after, and what a person reads of it."""
+        from edgevit.bench import summary
+        from edgevit.bench.machine import machine_record
+
+        if self.on.threads is not None and self.on.threads < 1:
+            raise UsageError(f"gate: threads {self.on.threads}, expected a number above 0")
+        self.machine = machine_record()
+        with tempfile.TemporaryDirectory(prefix="edgevit-gate-") as scratch:
+            self.scratch = Path(scratch)
+            if _is_stored(place, update):
+                report, stored = self.with_stored(place, candidate, across, update)
+            elif update:
+                raise UsageError(f"{place}: an artifact; --update-baseline needs a store, a directory of its own")
+            else:
+                report, stored = self.side_by_side(load_at(place, candidate.image_size), candidate), None
+        after = machine_record()
+        return {
+            **asdict(report),
+            "seed": self.settings.seed,
+            "threads": self.on.threads,
+            "runtime": self.on.runtime,
+            "stored": None if stored is None else str(stored),
+            "machine_before": self.machine,
+            "machine": after,
+            "text": summary.text(report),
+            "markdown": summary.markdown(report, after, self._options(candidate)),
+        }
+
+    def _options(self, candidate: Artifact) -> list[str]:
+        """What a command line needs to repeat this, beside the limits."""
+        given = {
+            "--threads": self.on.threads,
+            "--runtime": self.on.runtime,
+            "--image-size": size_text(candidate.image_size) if len(candidate.image_sizes) > 1 else None,
+            "--budget": f"{self.settings.budget_s:g}",
+        }
+        words = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
+        return words + [w for key, value in self.on.options.items() for w in ("--runtime-option", f"{key}={value}")]
+
+    def side_by_side(self, baseline: Artifact, candidate: Artifact) -> GateReport:
+        """Both measured here, in turns."""
+        from edgevit.bench.budget import check_manifests
+
+        batches = [each.manifest["batch"] for each in (baseline, candidate)]
+        if batches[0] != batches[1]:
+            raise UsageError(
+                f"gate: {baseline.path} takes batch {batches[0]}, {candidate.path} takes {batches[1]}: expected the "
+                "same work; export both alike"
+            )
+        jobs = [job_of(each, self.on, self.scratch) for each in (baseline, candidate)]
+        decision, causes = self._decide(jobs[0], jobs[1])
+        checks = (
+            _latency(decision, self.limits.max_slowdown),
+            *check_manifests(baseline.manifest, candidate.manifest, self.limits),
+        )
+        return _report(decision, checks, str(baseline.path), str(candidate.path), "side by side", causes)
+
+    def with_stored(
+        self, place: Path, candidate: Artifact, across: bool, update: bool
+    ) -> tuple[GateReport, Path | None]:
+        """The candidate measured beside the reference workload, as the baseline was."""
+        from edgevit.bench import store
+        from edgevit.bench.machine import fingerprint
+        from edgevit.bench.workload import NAME, VERSION, write_workload
+
+        here = fingerprint(self.machine)
+        stored = self._stored(place, here, candidate, across, update)
+        path, feed, digest = write_workload(self.scratch)
+        job = job_of(candidate, self.on, self.scratch)
+        workload = Job(job.runtime, path, "fp32", feed, job.threads, job.options)
+        reference = store.Reference(NAME, VERSION, digest)
+        if stored is None:
+            report = self._first(workload, job, place, candidate)
+        else:
+            _comparable(stored.latest, candidate, job, reference, place)
+            report = self._against(stored, workload, job, place, candidate, here)
+        if not update or report.verdict != "pass":
+            return report, None
+        entry = store.new_entry(
+            candidate.manifest,
+            runtime=job.runtime,
+            threads=job.threads,
+            log_ratios=report.log_ratios,
+            reference=reference,
+            p50_ms=report.checks[0].candidate,
+            machine=self.machine,
+        )
+        return report, store.append(place, here, candidate.name, entry)
+
+    def _stored(
+        self, place: Path, here: Mapping[str, Any], candidate: Artifact, across: bool, update: bool
+    ) -> Stored | None:
+        """The baseline of this machine, or None where it is to be begun."""
+        from edgevit.bench import store
+
+        if place.suffix == ".json":
+            if update:
+                raise UsageError(f"{place}: --update-baseline adds to a store; give the directory that holds it")
+            found = store.read(place)
+            if found.machine["id"] != here["id"] and not across:
+                raise UsageError(
+                    f"{place}: measured on machine {found.machine['id']} "
+                    f"({found.machine.get('cpu_model', 'unknown')}), this is {here['id']}: what one gains the other "
+                    "may lose; measure a baseline here, or compare all the same with --across-machines"
+                )
+            return found
+        found_here = store.find(place, str(here["id"]), candidate.name)
+        if found_here is None and not update:
+            raise store.missing(place, str(here["id"]), candidate.name)
+        return found_here
+
+    def _first(self, workload: Job, job: Job, place: Path, candidate: Artifact) -> GateReport:
+        """A measurement that begins a history: there is nothing to compare it with, but it has to be narrow enough."""
+        wide = self.limits.max_slowdown
+
+        def narrow(found: Logs) -> Literal["pass", "inconclusive"]:
+            _, low, high = found
+            return "pass" if high - low <= wide else "inconclusive"
+
+        decision, causes = self._decide(workload, job, judge=narrow)
+        begun = decision.verdict == "pass"
+        check = Check(
+            what="latency",
+            verdict="not gated" if begun else "inconclusive",
+            unit="ms",
+            baseline=None,
+            candidate=decision.candidate_ms,
+            worse=None,
+            limit=wide,
+            detail=BEGUN
+            if begun
+            else f"the first measurement here is too noisy to compare with at {wide:.1%}: not kept",
+        )
+        return _report(decision, (check,), str(place), str(candidate.path), "reference workload", causes)
+
+    def _against(
+        self, stored: Stored, workload: Job, job: Job, place: Path, candidate: Artifact, here: Mapping[str, Any]
+    ) -> GateReport:
+        """The candidate's rounds against those of the newest stored result."""
+        from edgevit.bench.budget import check_manifests
+        from edgevit.bench.diagnosis import diagnose
+        from edgevit.bench.gate import shift_interval
+
+        latest = stored.latest
+        spread = _spread(stored)
+
+        def estimate(logs: Sequence[float], risk: float) -> tuple[float, float, float]:
+            middle, low, high = shift_interval(latest.log_ratios, logs, risk)
+            more = Z95 * (spread or 0.0)
+            return middle, middle - math.hypot(middle - low, more), middle + math.hypot(high - middle, more)
+
+        decision, causes = self._decide(workload, job, estimate=estimate)
+        checks = (
+            _latency(decision, self.limits.max_slowdown, latest),
+            *check_manifests(latest.checks, candidate.manifest, self.limits),
+        )
+        warnings = []
+        if spread is None:
+            warnings.append(
+                f"{len(stored.history)} stored measurement(s): how much one differs from the next is not in the "
+                f"interval; from {SPREAD_RUNS} of the same artifact on, it is"
+            )
+        if stored.machine["id"] != here["id"]:
+            warnings.append("the baseline is of another machine: what one gains the other may lose")
+        causes = (*causes, *diagnose(latest.machine, self.machine))
+        return _report(decision, checks, str(place), str(candidate.path), "reference workload", causes, warnings)
+
+    def _decide(
+        self, first: Job, second: Job, *, estimate: Estimate | None = None, judge: Judge | None = None
+    ) -> tuple[Decision, tuple[str, ...]]:
+        """Rounds of fresh processes, and what changed on the machine meanwhile."""
+        from edgevit.bench.gate import decide
+        from edgevit.bench.watch import changes, look
+
+        moments: list[Moment] = [look()]
+        decision = decide(
+            lambda: fresh_pair(first, second),
+            self.settings,
+            estimate=estimate,
+            judge=judge,
+            progress=self.progress,
+            after_round=lambda: moments.append(look()),
+        )
+        return decision, tuple(change.text for change in changes(moments))
+
+
+class _Lane:
+    """A worker as a gate takes it."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def turn(self, runs: int) -> Turn:
+        """Times, and which of them were interrupted."""
+        from edgevit.bench.gate import Turn
+
+        return Turn(*self.worker.marked_turn(runs))
+
+
+@contextlib.contextmanager
+def fresh_pair(first: Job, second: Job) -> Iterator[Pair]:
+    """Both loaded in fresh processes, which start at the same time."""
+    workers = [Worker(first), Worker(second)]
+    with contextlib.ExitStack() as stack:
+        for worker in workers:
+            stack.callback(worker.close)
+            worker.start()
+        for worker in workers:
+            worker.started  # noqa: B018  # waits until it is ready
+        yield _Lane(workers[0]), _Lane(workers[1])
+
+
+def _comparable(entry: Entry, candidate: Artifact, job: Job, reference: Any, place: Path) -> None:
+    """Raises UsageError where a stored result was taken in another way."""
+    then = (entry.precision, entry.runtime, entry.threads, entry.reference)
+    now = (candidate.manifest["precision"], job.runtime, job.threads, reference)
+    names = ("precision", "runtime", "threads", "reference workload")
+    for name, was, is_now in zip(names, then, now, strict=True):
+        if was != is_now:
+            shown = [getattr(each, "version", each) for each in (was, is_now)]
+            raise UsageError(
+                f"{place}: measured with {name} {shown[0]}, this gate has {shown[1]}: the two are not comparable; "
+                "gate in the same way, or begin another store"
+            )
+
+
+def _spread(stored: Stored) -> float | None:
+    """How far measurements of the newest artifact lie apart, as a standard deviation of logarithms; None of too few."""
+    same = [each for each in stored.history if each.artifact_sha256 == stored.latest.artifact_sha256]
+    if len(same) < SPREAD_RUNS:
+        return None
+    return statistics.stdev(statistics.median(each.log_ratios) for each in same)
+
+
+def _latency(decision: Decision, limit: float, stored: Entry | None = None) -> Check:
+    """The slowdown as a check; against a stored result, what the baseline took is what it would take now."""
+    from edgevit.bench.stats import MIN_ROUNDS
+
+    found = decision.interval
+    candidate_ms = decision.candidate_ms
+    baseline_ms = decision.baseline_ms if stored is None else None
+    if stored is not None and found is not None:
+        baseline_ms = candidate_ms / (1 + found.worse)
+    detail = "" if stored is None else "the baseline's time is what it would take now, by the stored ratio"
+    if found is None:
+        detail = f"{len(decision.log_ratios)} rounds in the budget, an interval needs {MIN_ROUNDS}; raise the budget"
+    return Check(
+        what="latency",
+        verdict=decision.verdict,
+        unit="ms",
+        baseline=baseline_ms,
+        candidate=candidate_ms,
+        worse=found.worse if found else None,
+        limit=limit,
+        low=found.low if found else None,
+        high=found.high if found else None,
+        detail=detail,
+    )
+
+
+def _report(
+    decision: Decision,
+    checks: Sequence[Check],
+    baseline: str,
+    candidate: str,
+    compared: Any,
+    causes: Sequence[str],
+    warnings: Sequence[str] = (),
+) -> GateReport:
+    """The worst of the checks decides."""
+    verdicts = {check.verdict for check in checks}
+    verdict = next((each for each in ("regression", "inconclusive") if each in verdicts), "pass")
+    return GateReport(
+        verdict=verdict,  # type: ignore[arg-type]  # one of the three
+        baseline=baseline,
+        candidate=candidate,
+        checks=tuple(checks),
+        compared=compared,
+        rounds=len(decision.log_ratios),
+        spent_s=decision.spent_s,
+        stopped_by=decision.stopped_by,
+        smallest_seen=decision.smallest_seen,
+        log_ratios=decision.log_ratios,
+        rounds_ms=tuple((each.baseline_ms, each.candidate_ms) for each in decision.rounds),
+        causes=tuple(causes),
+        warnings=tuple(warnings),
+    )
