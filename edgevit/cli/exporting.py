@@ -100,10 +100,12 @@ def _show_export(out: Console, document: dict[str, Any]) -> None:
         if len(sizes) > 1:
             out.print(plain(f"image size  {size_text(size['image_size'])}: {size['model_file']}"))
         for certificate in size["certificates"]:
+            change = certificate["macs_after"] - certificate["macs_before"]
+            macs = f"{change / 1e6:+,.2f} M MACs, " if change else ""
             out.print(
                 f"rewrite     {certificate['rewrite']}: {certificate['places']} places, operations "
                 f"{certificate['operations_before']} -> {certificate['operations_after']}, "
-                f"difference {certificate['max_rel']:.0e} (float64)"
+                f"{macs}difference {certificate['max_rel']:.0e} (float64)"
             )
         if complexity := size["complexity"]:
             out.print(f"deployed    {complexity['parameters']:,} parameters, {complexity['macs'] / 1e6:,.2f} M MACs")
