@@ -28,6 +28,7 @@ LOOKS = (10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320)  # each is 1.4 times th
 # Of the interval at the first look, where most gates end, and at each later one. Simulated, the interval at which a
 # gate stops then holds the truth in 93.5 to 97 % of gates, also where the truth is the limit itself: docs/gate.md.
 FIRST_RISK, LOOK_RISK = 0.05, 0.015
+SETTLED_RISK = 0.05  # where there is one look, at rounds that were measured before
 SLICE_MS = 25.0  # a turn: long against a cache that was emptied, short against a burst of other work
 ROUND_MS = 1200.0  # what both take together in a round, about twice what loading them does
 MIN_SLICES, MAX_SLICES = 5, 16  # pairs of turns in a round: fewer have no median, more bring less than another round
@@ -181,6 +182,19 @@ def decide(
         rounds=tuple(rounds),
         spent_s=spent_s,
         stopped_by="budget" if verdict == "inconclusive" else "clear",
+    )
+
+
+def settled(found: Logs, settings: GateSettings) -> Decision:
+    """What an interval says that was made of rounds measured before; nothing is measured."""
+    limit = math.log1p(settings.max_slowdown)
+    return Decision(
+        verdict=_verdict(found, limit),
+        interval=Interval(*(math.expm1(value) for value in found)),
+        smallest_seen=_smallest_seen(found, limit, SETTLED_RISK),
+        rounds=(),
+        spent_s=0.0,
+        stopped_by="clear",
     )
 
 

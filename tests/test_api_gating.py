@@ -229,7 +229,7 @@ def test_another_machine_is_refused_unless_it_is_wanted(
     document["machine"] |= {"id": "0" * 12, "cpu_model": "Another"}
     place.write_text(json.dumps(document))
     before = len(scripted.jobs)
-    with pytest.raises(UsageError, match=r"measured on machine 000000000000 \(Another\), this is [0-9a-f]{12}"):
+    with pytest.raises(UsageError, match=r"measured on machine 000000000000 \(Another\), the other is [0-9a-f]{12}"):
         api.gate(place, two[1])
     assert len(scripted.jobs) == before
     report = api.gate(place, two[1], across_machines=True)
@@ -252,6 +252,42 @@ def test_what_was_measured_in_another_way_is_not_compared(
     before = len(scripted.jobs)
     with pytest.raises(UsageError, match=r"measured with threads None, this gate has 1: the two are not comparable"):
         api.gate(tmp_path / "store", two[1], threads=1)
+    assert len(scripted.jobs) == before
+
+
+def test_two_stored_results_are_compared_without_measuring(
+    scripted: Scripted, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first = begin(tmp_path / "first", two[0])
+    same = begin(tmp_path / "same", two[1])
+    scripted.ms["changed"] = 12.0
+    slow = begin(tmp_path / "slow", two[1])
+    before = len(scripted.jobs)
+    assert api.gate(first, same)["verdict"] == api.gate(tmp_path / "first", same)["verdict"] == "pass"
+    report = api.gate(first, slow)
+    assert (report["verdict"], report["rounds"]) == ("regression", 0)
+    assert report["checks"][0]["worse"] == pytest.approx(0.2, abs=0.03)
+    assert len(scripted.jobs) == before
+    with pytest.raises(UsageError, match="a stored result already"):
+        api.gate(first, slow, update_baseline=True)
+
+
+def test_a_stored_result_is_gated_against_an_artifact(
+    scripted: Scripted, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    scripted.ms["changed"] = 12.0
+    slow = begin(tmp_path / "slow", two[1])
+    report = api.gate(two[0], slow)
+    assert report["verdict"] == "regression"
+    assert [check["verdict"] for check in report["checks"][1:]] == ["not gated", "pass", "pass", "pass"]
+    assert report["checks"][0]["baseline"] == pytest.approx(10, rel=0.02)
+
+
+def test_another_size_is_other_work(scripted: Scripted, tiny: Any, tmp_path: Path) -> None:
+    place = begin(tmp_path / "store", tiny.export().path)
+    before = len(scripted.jobs)
+    with pytest.raises(UsageError, match=r"measured with image size and batch \(\[64, 64\], 1\), this gate has"):
+        api.gate(place, tiny.export(image_size=(32, 32)).path)
     assert len(scripted.jobs) == before
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,16 +15,17 @@ from edgevit.manifest import MANIFEST
 from edgevit.specs import Check, GateReport, Size, size_text
 
 from .calibrating import Progress
+from .comparing import SPREAD_RUNS, Way, require_comparable, require_machine, spread_of, way_of
 from .running import RunOn, load_at
-from .working import Job, Worker, job_of
+from .working import Job, fresh_pair, job_of
 
 if TYPE_CHECKING:
     from edgevit.bench.budget import Limits
-    from edgevit.bench.gate import Decision, Estimate, GateSettings, Judge, Logs, Pair, Turn
-    from edgevit.bench.store import Entry, Stored
+    from edgevit.bench.gate import Decision, Estimate, GateSettings, Judge, Logs
+    from edgevit.bench.store import Stored
     from edgevit.bench.watch import Moment
 
-SPREAD_RUNS = 3  # stored measurements of one artifact from which it is told how much one differs from the next
+THROUGH = "compared by the ratios to the reference workload, not by the times"
 BEGUN = "the first measurement of this artifact on this machine"
 Z95 = 1.96  # of the normal distribution: what 95 % lie within
 
@@ -52,8 +51,8 @@ def gate(
 ) -> dict[str, Any]:
     """Compare a candidate artifact with a baseline: `verdict` is "pass", "regression" or "inconclusive".
 
-    The baseline is an artifact, which is measured here beside the candidate; or a stored result (.json), or a store
-    (directory) of them: then both are compared by how much longer they take than the reference workload. What is
+    Each is an artifact or a stored result (.json), the baseline also a store (directory) of these. Two artifacts are
+    measured side by side; else both are compared by how much longer they take than the reference workload. What is
     allowed are shares of the baseline's figure (0.05 = 5 %), and points of top-1 that may be lost on pictures that
     `evaluate --record` has noted for both. After `budget_s` seconds an answer that is not clear is inconclusive.
     `across_machines` takes a result of another machine all the same; `update_baseline` adds what passes to the store.
@@ -70,7 +69,18 @@ def gate(
     limits = Limits(max_slowdown, max_drop_points, max_size, max_parameters, max_macs)
     settings = GateSettings(max_slowdown, budget_s, seed)
     measuring = _Measuring(settings, limits, RunOn(runtime, threads, runtime_options or {}), progress)
-    return measuring.documented(Path(baseline), load_at(candidate, image_size), across_machines, update_baseline)
+    place, result = Path(baseline), Path(candidate)
+    if result.suffix == ".json":
+        if update_baseline:
+            raise UsageError(
+                f"{result}: a stored result already; --update-baseline adds what is measured of an artifact"
+            )
+        return measuring.documented(lambda: (measuring.of_result(place, result, across_machines), None), [])
+    artifact = load_at(result, image_size)
+    options = ["--image-size", size_text(artifact.image_size)] if len(artifact.image_sizes) > 1 else []
+    return measuring.documented(
+        lambda: measuring.of_artifact(place, artifact, across_machines, update_baseline), options
+    )
 
 
 def _is_stored(place: Path, update: bool) -> bool:
@@ -93,7 +103,9 @@ class _Measuring:
     scratch: Path = Path()
     machine: Mapping[str, Any] = field(default_factory=dict)
 
-    def documented(self, place: Path, candidate: Artifact, across: bool, update: bool) -> dict[str, Any]:
+    def documented(
+        self, measure: Callable[[], tuple[GateReport, Path | None]], options: Sequence[str]
+    ) -> dict[str, Any]:
         """The report, the machine before and after, and what a person reads of it."""
         from edgevit.bench import summary
         from edgevit.bench.machine import machine_record
@@ -103,12 +115,7 @@ class _Measuring:
         self.machine = machine_record()
         with tempfile.TemporaryDirectory(prefix="edgevit-gate-") as scratch:
             self.scratch = Path(scratch)
-            if _is_stored(place, update):
-                report, stored = self.with_stored(place, candidate, across, update)
-            elif update:
-                raise UsageError(f"{place}: an artifact; --update-baseline needs a store, a directory of its own")
-            else:
-                report, stored = self.side_by_side(load_at(place, candidate.image_size), candidate), None
+            report, stored = measure()
         after = machine_record()
         return {
             **asdict(report),
@@ -119,19 +126,56 @@ class _Measuring:
             "machine_before": self.machine,
             "machine": after,
             "text": summary.text(report),
-            "markdown": summary.markdown(report, after, self._options(candidate)),
+            "markdown": summary.markdown(report, after, [*options, *self._options()]),
         }
 
-    def _options(self, candidate: Artifact) -> list[str]:
+    def _options(self) -> list[str]:
         """What a command line needs to repeat this, beside the limits."""
         given = {
             "--threads": self.on.threads,
             "--runtime": self.on.runtime,
-            "--image-size": size_text(candidate.image_size) if len(candidate.image_sizes) > 1 else None,
             "--budget": f"{self.settings.budget_s:g}",
         }
         words = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
         return words + [w for key, value in self.on.options.items() for w in ("--runtime-option", f"{key}={value}")]
+
+    def of_artifact(
+        self, place: Path, candidate: Artifact, across: bool, update: bool
+    ) -> tuple[GateReport, Path | None]:
+        """An artifact against another, or against what is stored."""
+        if _is_stored(place, update):
+            return self.with_stored(place, candidate, across, update)
+        if update:
+            raise UsageError(f"{place}: an artifact; --update-baseline needs a store, a directory of its own")
+        return self.side_by_side(load_at(place, candidate.image_size), candidate), None
+
+    def of_result(self, place: Path, result: Path, across: bool) -> GateReport:
+        """A stored result as the candidate: against another nothing is measured, against an artifact that is."""
+        from edgevit.bench import store
+        from edgevit.bench.budget import check_manifests
+        from edgevit.bench.gate import SETTLED_RISK, settled, shift_interval
+        from edgevit.bench.machine import fingerprint
+
+        stored = store.read(result)
+        latest = stored.latest
+        causes: tuple[str, ...] = ()
+        if _is_stored(place, update=False):
+            first = self._stored(place, stored.machine, stored.artifact, across)
+            require_comparable(way_of(first.latest), way_of(latest), place)
+            decision = settled(shift_interval(first.latest.log_ratios, latest.log_ratios, SETTLED_RISK), self.settings)
+            baseline_ms, before = first.latest.p50_ms, first.latest.checks
+        else:
+            require_machine(stored, fingerprint(self.machine), result, across)
+            baseline = load_at(place, None)
+            workload, job, way = self._beside(baseline)
+            require_comparable(way_of(latest), way, result)
+            decision, causes = self._decide(
+                workload, job, estimate=lambda logs, risk: shift_interval(logs, latest.log_ratios, risk)
+            )
+            baseline_ms, before = decision.candidate_ms, baseline.manifest
+        check = _latency(decision, self.limits.max_slowdown, baseline_ms, latest.p50_ms, THROUGH)
+        checks = (check, *check_manifests(before, latest.checks, self.limits))
+        return _report(decision, checks, str(place), str(result), "reference workload", causes)
 
     def side_by_side(self, baseline: Artifact, candidate: Artifact) -> GateReport:
         """Both measured here, in turns."""
@@ -145,10 +189,8 @@ class _Measuring:
             )
         jobs = [job_of(each, self.on, self.scratch) for each in (baseline, candidate)]
         decision, causes = self._decide(jobs[0], jobs[1])
-        checks = (
-            _latency(decision, self.limits.max_slowdown),
-            *check_manifests(baseline.manifest, candidate.manifest, self.limits),
-        )
+        latency = _latency(decision, self.limits.max_slowdown, decision.baseline_ms, decision.candidate_ms)
+        checks = (latency, *check_manifests(baseline.manifest, candidate.manifest, self.limits))
         return _report(decision, checks, str(baseline.path), str(candidate.path), "side by side", causes)
 
     def with_stored(
@@ -157,18 +199,17 @@ class _Measuring:
         """The candidate measured beside the reference workload, as the baseline was."""
         from edgevit.bench import store
         from edgevit.bench.machine import fingerprint
-        from edgevit.bench.workload import NAME, VERSION, write_workload
 
         here = fingerprint(self.machine)
-        stored = self._stored(place, here, candidate, across, update)
-        path, feed, digest = write_workload(self.scratch)
-        job = job_of(candidate, self.on, self.scratch)
-        workload = Job(job.runtime, path, "fp32", feed, job.threads, job.options)
-        reference = store.Reference(NAME, VERSION, digest)
+        if update and place.suffix == ".json":
+            raise UsageError(f"{place}: --update-baseline adds to a store; give the directory that holds it")
+        begun = not update or store.find(place, str(here["id"]), candidate.name) is not None
+        stored = self._stored(place, here, candidate.name, across) if begun else None
+        workload, job, way = self._beside(candidate)
         if stored is None:
             report = self._first(workload, job, place, candidate)
         else:
-            _comparable(stored.latest, candidate, job, reference, place)
+            require_comparable(way_of(stored.latest), way, place)
             report = self._against(stored, workload, job, place, candidate, here)
         if not update or report.verdict != "pass":
             return report, None
@@ -177,33 +218,35 @@ class _Measuring:
             runtime=job.runtime,
             threads=job.threads,
             log_ratios=report.log_ratios,
-            reference=reference,
+            reference=way.reference,
             p50_ms=report.checks[0].candidate,
             machine=self.machine,
         )
         return report, store.append(place, here, candidate.name, entry)
 
-    def _stored(
-        self, place: Path, here: Mapping[str, Any], candidate: Artifact, across: bool, update: bool
-    ) -> Stored | None:
-        """The baseline of this machine, or None where it is to be begun."""
+    def _stored(self, place: Path, machine: Mapping[str, Any], name: str, across: bool) -> Stored:
+        """What a file, or a store, has of the artifact `name` on a machine."""
         from edgevit.bench import store
 
-        if place.suffix == ".json":
-            if update:
-                raise UsageError(f"{place}: --update-baseline adds to a store; give the directory that holds it")
-            found = store.read(place)
-            if found.machine["id"] != here["id"] and not across:
-                raise UsageError(
-                    f"{place}: measured on machine {found.machine['id']} "
-                    f"({found.machine.get('cpu_model', 'unknown')}), this is {here['id']}: what one gains the other "
-                    "may lose; measure a baseline here, or compare all the same with --across-machines"
-                )
+        if place.suffix != ".json":
+            found = store.find(place, str(machine["id"]), name)
+            if found is None:
+                raise store.missing(place, str(machine["id"]), name)
             return found
-        found_here = store.find(place, str(here["id"]), candidate.name)
-        if found_here is None and not update:
-            raise store.missing(place, str(here["id"]), candidate.name)
-        return found_here
+        stored = store.read(place)
+        require_machine(stored, machine, place, across)
+        return stored
+
+    def _beside(self, artifact: Artifact) -> tuple[Job, Job, Way]:
+        """The reference workload, the artifact, and what another measurement must share to be comparable."""
+        from edgevit.bench.store import Reference
+        from edgevit.bench.workload import NAME, VERSION, write_workload
+
+        path, feed, digest = write_workload(self.scratch)
+        job = job_of(artifact, self.on, self.scratch)
+        workload = Job(job.runtime, path, "fp32", feed, job.threads, job.options)
+        work = (list(artifact.image_size), artifact.manifest["batch"])
+        return workload, job, Way(job.precision, job.runtime, job.threads, work, Reference(NAME, VERSION, digest))
 
     def _first(self, workload: Job, job: Job, place: Path, candidate: Artifact) -> GateReport:
         """A measurement that begins a history: there is nothing to compare it with, but it has to be narrow enough."""
@@ -238,7 +281,7 @@ class _Measuring:
         from edgevit.bench.gate import shift_interval
 
         latest = stored.latest
-        spread = _spread(stored)
+        spread = spread_of(stored)
 
         def estimate(logs: Sequence[float], risk: float) -> tuple[float, float, float]:
             middle, low, high = shift_interval(latest.log_ratios, logs, risk)
@@ -247,7 +290,7 @@ class _Measuring:
 
         decision, causes = self._decide(workload, job, estimate=estimate)
         checks = (
-            _latency(decision, self.limits.max_slowdown, latest),
+            _latency(decision, self.limits.max_slowdown, _now(decision), decision.candidate_ms, THROUGH),
             *check_manifests(latest.checks, candidate.manifest, self.limits),
         )
         warnings = []
@@ -280,64 +323,18 @@ class _Measuring:
         return decision, tuple(change.text for change in changes(moments))
 
 
-class _Lane:
-    """A worker as a gate takes it."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-
-    def turn(self, runs: int) -> Turn:
-        """Times, and which of them were interrupted."""
-        from edgevit.bench.gate import Turn
-
-        return Turn(*self.worker.marked_turn(runs))
+def _now(decision: Decision) -> float | None:
+    """What a baseline of an earlier time would take now."""
+    return decision.candidate_ms / (1 + decision.interval.worse) if decision.interval else None
 
 
-@contextlib.contextmanager
-def fresh_pair(first: Job, second: Job) -> Iterator[Pair]:
-    """Both loaded in fresh processes, which start at the same time."""
-    workers = [Worker(first), Worker(second)]
-    with contextlib.ExitStack() as stack:
-        for worker in workers:
-            stack.callback(worker.close)
-            worker.start()
-        for worker in workers:
-            worker.started  # noqa: B018  # waits until it is ready
-        yield _Lane(workers[0]), _Lane(workers[1])
-
-
-def _comparable(entry: Entry, candidate: Artifact, job: Job, reference: Any, place: Path) -> None:
-    """Raises UsageError where a stored result was taken in another way."""
-    then = (entry.precision, entry.runtime, entry.threads, entry.reference)
-    now = (candidate.manifest["precision"], job.runtime, job.threads, reference)
-    names = ("precision", "runtime", "threads", "reference workload")
-    for name, was, is_now in zip(names, then, now, strict=True):
-        if was != is_now:
-            shown = [getattr(each, "version", each) for each in (was, is_now)]
-            raise UsageError(
-                f"{place}: measured with {name} {shown[0]}, this gate has {shown[1]}: the two are not comparable; "
-                "gate in the same way, or begin another store"
-            )
-
-
-def _spread(stored: Stored) -> float | None:
-    """How far measurements of the newest artifact lie apart, as a standard deviation of logarithms; None of too few."""
-    same = [each for each in stored.history if each.artifact_sha256 == stored.latest.artifact_sha256]
-    if len(same) < SPREAD_RUNS:
-        return None
-    return statistics.stdev(statistics.median(each.log_ratios) for each in same)
-
-
-def _latency(decision: Decision, limit: float, stored: Entry | None = None) -> Check:
-    """The slowdown as a check; against a stored result, what the baseline took is what it would take now."""
+def _latency(
+    decision: Decision, limit: float, baseline_ms: float | None, candidate_ms: float | None, detail: str = ""
+) -> Check:
+    """The slowdown as a check."""
     from edgevit.bench.stats import MIN_ROUNDS
 
     found = decision.interval
-    candidate_ms = decision.candidate_ms
-    baseline_ms = decision.baseline_ms if stored is None else None
-    if stored is not None and found is not None:
-        baseline_ms = candidate_ms / (1 + found.worse)
-    detail = "" if stored is None else "the baseline's time is what it would take now, by the stored ratio"
     if found is None:
         detail = f"{len(decision.log_ratios)} rounds in the budget, an interval needs {MIN_ROUNDS}; raise the budget"
     return Check(

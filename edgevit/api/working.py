@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from edgevit.artifact import Artifact
 from edgevit.errors import RuntimeFailure, last_line
 
 from .running import RunOn, timed
+
+if TYPE_CHECKING:
+    from edgevit.bench.gate import Pair, Turn
 
 MODULE = "edgevit.runtimes.worker"
 ANSWER_S = 600.0  # for one answer: what has not loaded a model in ten minutes hangs
@@ -229,3 +232,29 @@ class Worker:
         how = f"exit code {code}" if code is None or code >= 0 else f"signal {signal.Signals(-code).name}"
         why = f": {last_line(RuntimeError(said))}" if said else "; perhaps there was too little memory"
         return RuntimeFailure(f"{self.job.path}: the process that ran it ended by itself ({how}){why}")
+
+
+class _Lane:
+    """A worker as a gate takes it."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def turn(self, runs: int) -> Turn:
+        """Times, and which of them were interrupted."""
+        from edgevit.bench.gate import Turn
+
+        return Turn(*self.worker.marked_turn(runs))
+
+
+@contextlib.contextmanager
+def fresh_pair(first: Job, second: Job) -> Iterator[Pair]:
+    """Both loaded in fresh processes, which start at the same time."""
+    workers = [Worker(first), Worker(second)]
+    with contextlib.ExitStack() as stack:
+        for worker in workers:
+            stack.callback(worker.close)
+            worker.start()
+        for worker in workers:
+            worker.started  # noqa: B018  # waits until it is ready
+        yield _Lane(workers[0]), _Lane(workers[1])
