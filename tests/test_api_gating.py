@@ -268,7 +268,7 @@ def test_two_stored_results_are_compared_without_measuring(
     assert (report["verdict"], report["rounds"]) == ("regression", 0)
     assert report["checks"][0]["worse"] == pytest.approx(0.2, abs=0.03)
     assert len(scripted.jobs) == before
-    with pytest.raises(UsageError, match="a stored result already"):
+    with pytest.raises(UsageError, match="stored already; --update-baseline adds"):
         api.gate(first, slow, update_baseline=True)
 
 

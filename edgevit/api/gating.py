@@ -69,18 +69,7 @@ def gate(
     limits = Limits(max_slowdown, max_drop_points, max_size, max_parameters, max_macs)
     settings = GateSettings(max_slowdown, budget_s, seed)
     measuring = _Measuring(settings, limits, RunOn(runtime, threads, runtime_options or {}), progress)
-    place, result = Path(baseline), Path(candidate)
-    if result.suffix == ".json":
-        if update_baseline:
-            raise UsageError(
-                f"{result}: a stored result already; --update-baseline adds what is measured of an artifact"
-            )
-        return measuring.documented(lambda: (measuring.of_result(place, result, across_machines), None), [])
-    artifact = load_at(result, image_size)
-    options = ["--image-size", size_text(artifact.image_size)] if len(artifact.image_sizes) > 1 else []
-    return measuring.documented(
-        lambda: measuring.of_artifact(place, artifact, across_machines, update_baseline), options
-    )
+    return measuring.of(Path(baseline), Path(candidate), image_size, across_machines, update_baseline)
 
 
 def _is_stored(place: Path, update: bool) -> bool:
@@ -102,6 +91,16 @@ class _Measuring:
     progress: Progress
     scratch: Path = Path()
     machine: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, place: Path, result: Path, size: Size | None, across: bool, update: bool) -> dict[str, Any]:
+        """The document of a gate, by what the candidate is."""
+        if result.suffix == ".json":
+            if update:
+                raise UsageError(f"{result}: stored already; --update-baseline adds what is measured of an artifact")
+            return self.documented(lambda: (self.of_result(place, result, across), None), [])
+        artifact = load_at(result, size)
+        options = ["--image-size", size_text(artifact.image_size)] if len(artifact.image_sizes) > 1 else []
+        return self.documented(lambda: self.of_artifact(place, artifact, across, update), options)
 
     def documented(
         self, measure: Callable[[], tuple[GateReport, Path | None]], options: Sequence[str]
