@@ -101,7 +101,9 @@ def summary(limit_ms: float | None, bound_by: str | None, total_ms: float) -> st
 def between(operators_ms: float, total_ms: float) -> Iterator[str]:
     """Say so where the operators' times do not add up to the inference's."""
     if operators_ms > 0 and abs(total_ms / operators_ms - 1) > APART:
-        where = "spent between them: calls, threads that wait" if total_ms > operators_ms else "added by profiling them"
+        where = "spent between them: calls, threads that wait"
+        if operators_ms > total_ms:
+            where = "added by profiling, so that their times are scaled down"
         apart = format_ms(abs(total_ms - operators_ms))
         yield f"The operators add up to {format_ms(operators_ms)} of {format_ms(total_ms)} ms: {apart} ms were {where}."
 

@@ -22,17 +22,18 @@ import numpy as np
 
 from edgevit.errors import UsageError
 
-from .stats import MIN_ROUNDS, median
+from .stats import median
 
-LOOKS = (10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320)  # each is 1.4 times the one before: looking more often costs
-# Of the interval at the first look, where most gates end, and at each later one. Simulated, the interval at which a
-# gate stops then holds the truth in 93.5 to 97 % of gates, also where the truth is the limit itself: docs/gate.md.
-FIRST_RISK, LOOK_RISK = 0.05, 0.015
+LOOKS = (10, 14, 20, 28, 40, 64, 128, 256)  # each 1.4 to 2 times the one before: looking more often costs
+# Of the interval at the first look, where most gates end, and at each later one. docs/gate.md has how often the
+# interval at which a gate stops then holds the truth.
+FIRST_RISK, LOOK_RISK = 0.05, 0.01
 SETTLED_RISK = 0.05  # where there is one look, at rounds that were measured before
-SLICE_MS = 25.0  # a turn: long against a cache that was emptied, short against a burst of other work
+LEAST_ROUNDS = 6  # the fewest whose signed ranks have an interval of 95 %
+SLICE_MS = 25.0  # a turn of more than one inference takes no longer, so that a burst of other work hits both alike
+SLICE_RUNS = 3  # of faster ones: the fewest with a median; longer turns were noisier, measured under bursts of load
 ROUND_MS = 1200.0  # what both take together in a round, about twice what loading them does
-MIN_SLICES, MAX_SLICES = 5, 16  # pairs of turns in a round: fewer have no median, more bring less than another round
-WARM_BATCH = 3  # runs
+MIN_SLICES, MAX_SLICES = 3, 100  # pairs of turns in a round: fewer have no median, more bring less than another round
 WARM_BATCHES = 12  # at most, of what does not settle
 WARM_GAIN = 0.05  # a batch that is faster than the last by less is settled
 KEPT_PAIRS = 3  # pairs of turns without interruption from which a round is judged by these alone
@@ -43,7 +44,7 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Turn:
-    """The times of some inferences in ms, and of each whether the system took the core away meanwhile."""
+    """The times of some inferences in ms, and of each whether the system took a core away from it meanwhile."""
 
     times_ms: Sequence[float]
     interrupted: Sequence[bool]
@@ -55,9 +56,9 @@ class Turn:
 
     @property
     def kept_ms(self) -> float | None:
-        """The median of what was not interrupted; None where everything was."""
+        """The median of what was not interrupted; None where that is less than half."""
         kept = [ms for ms, cut in zip(self.times_ms, self.interrupted, strict=True) if not cut]
-        return median(kept) if kept else None
+        return median(kept) if kept and 2 * len(kept) >= len(self.times_ms) else None
 
 
 class Lane(Protocol):
@@ -67,7 +68,7 @@ class Lane(Protocol):
         """Run once more than `runs`, and tell the times of all but the first."""
 
 
-Verdict = Literal["pass", "regression", "inconclusive"]
+Verdict = Literal["pass", "regression", "inconclusive"]  # of what was measured; a check may also be "not gated"
 Pair = tuple[Lane, Lane]  # baseline, candidate
 
 
@@ -106,7 +107,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the rounds came to. `interval` is None below MIN_ROUNDS rounds.
+    """What the rounds came to. `interval` is None below LEAST_ROUNDS rounds.
 
     `smallest_seen` is the smallest slowdown that this many rounds of this noise find in POWER of all gates.
     """
@@ -169,8 +170,9 @@ def decide(
         after_round()
         count, spent_s = len(rounds), clock() - start
         progress(min(1.0, spent_s / settings.budget_s), f"round {count}")
-        last = spent_s * (1 + 1 / count) > settings.budget_s or count == LOOKS[-1]  # or another round would not fit
-        if (last or count in LOOKS) and count >= MIN_ROUNDS:
+        needed_s = spent_s * max(count + 1, LEAST_ROUNDS) / count  # for another round, and for enough of them
+        last = needed_s > settings.budget_s or count == LOOKS[-1]
+        if (last or count in LOOKS) and count >= LEAST_ROUNDS:
             found = estimate([r.log_ratio for r in rounds], risk_at(count))
             verdict = judge(found) if judge else _verdict(found, limit)
         if last or verdict != "inconclusive":
@@ -201,11 +203,12 @@ def settled(found: Logs, settings: GateSettings) -> Decision:
 def take_round(pair: Pair, order: random.Random) -> Round:
     """Warm both up, then let them take turns; each pair of turns gives a ratio, and their median is the round's.
 
-    Inferences during which the core was taken away are left out, as long as enough are left: how often that happens
-    says something of the machine, not of the models.
+    Inferences during which a core was taken away are left out, as long as half of a turn is left: how often that
+    happens says more of the machine than of the models.
     """
-    slowest_ms = max(_warm_up(lane) for lane in pair)
-    runs = max(math.ceil(SLICE_MS / slowest_ms), 3 if slowest_ms < 4 * SLICE_MS else 1)
+    warm_ms = {index: _warm_up(pair[index]) for index in order.sample((0, 1), 2)}
+    slowest_ms = max(warm_ms.values())
+    runs = SLICE_RUNS if SLICE_RUNS * slowest_ms <= SLICE_MS else 1
     slices = min(max(round(ROUND_MS / (2 * (runs + 1) * slowest_ms)), MIN_SLICES), MAX_SLICES)
     turns: list[tuple[Turn, Turn]] = []
     for _ in range(slices):
@@ -225,7 +228,7 @@ def take_round(pair: Pair, order: random.Random) -> Round:
 
 def risk_at(rounds: int) -> float:
     """The chance that the interval looked at after so many rounds misses the truth."""
-    return FIRST_RISK if rounds == LOOKS[0] else LOOK_RISK
+    return FIRST_RISK if rounds <= LOOKS[0] else LOOK_RISK
 
 
 def paired_interval(logs: Sequence[float], risk: float) -> tuple[float, float, float]:
@@ -285,10 +288,10 @@ def _z(risk: float) -> float:
 
 def _warm_up(lane: Lane) -> float:
     """What an inference takes in ms once it no longer gets faster."""
-    before_ms = math.inf
+    before_ms, runs = math.inf, 1
     for _ in range(WARM_BATCHES):
-        batch_ms = lane.turn(WARM_BATCH).all_ms
+        batch_ms = lane.turn(runs).all_ms
         if batch_ms >= (1 - WARM_GAIN) * before_ms:
             break
-        before_ms = batch_ms
+        before_ms, runs = batch_ms, SLICE_RUNS if SLICE_RUNS * batch_ms <= SLICE_MS else 1
     return min(batch_ms, before_ms)

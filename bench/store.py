@@ -61,7 +61,8 @@ class Entry:
     """One measurement of an artifact against the reference workload.
 
     `log_ratios` has one number for each round: the logarithm of the artifact's time over the workload's. `checks` is
-    the part of the manifest that `budget.check_manifests` reads, `machine` the record of the machine as it was then.
+    the part of the manifest that `budget.check_manifests` reads, `options` those of the runtime, `machine` the record
+    of the machine as it was then.
     """
 
     taken_at: str
@@ -75,6 +76,7 @@ class Entry:
     p50_ms: float | None
     machine: Mapping[str, Any]
     checks: Mapping[str, Any]
+    options: Mapping[str, str]
     commit: str | None = None
 
 
@@ -101,6 +103,7 @@ def new_entry(
     *,
     runtime: str,
     threads: int | None,
+    options: Mapping[str, Any],
     log_ratios: Sequence[float],
     reference: Reference,
     p50_ms: float | None,
@@ -122,6 +125,7 @@ def new_entry(
         p50_ms=p50_ms,
         machine=machine,
         checks=gated_part(manifest),
+        options={key: str(value) for key, value in options.items()},
         commit=commit if COMMIT.fullmatch(commit) else None,
     )
 
@@ -278,6 +282,8 @@ def _stored(document: Any, path: Path) -> Stored:
     if not isinstance(document, dict) or not _is_shallow(document, MAX_DEPTH):
         raise InputError(f"{path}: not a stored result (no object, or nested too deeply); {ANEW}")
     version: Any = document.get("schema_version")
+    if version is None:
+        raise InputError(f"{path}: not a stored result; expected a file of a store, STORE/MACHINE/ARTIFACT.json")
     if not _is_whole(version) or version < 1:
         raise InputError(f"{path}: not a stored result (schema_version {version!r}); {ANEW}")
     if version > SCHEMA_VERSION:
@@ -356,5 +362,6 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "p50_ms": lambda value: value is None or (_is_number(value, MAX_MS) and value > 0),
     "machine": _is_object,
     "checks": _is_object,
+    "options": lambda value: isinstance(value, dict) and all(map(_is_word, value.values())),
     "commit": lambda value: value is None or _matches(COMMIT, value),
 }

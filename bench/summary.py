@@ -78,6 +78,8 @@ def _headline(report: GateReport, baseline: str, candidate: str) -> str:
     against = f"{candidate} against {baseline}"
     if report.verdict == "regression":
         return f"{against}: {_and(deciding)} beyond what is allowed"
+    if report.verdict == "inconclusive" and report.rounds == 0:
+        return f"{against}: not clear from what is stored; measure one of them again with a longer --budget"
     if report.verdict == "inconclusive":
         return f"{against}: not clear within the budget; a longer --budget or a quieter machine helps"
     skipped = [TITLES[check.what] for check in report.checks if check.verdict == "not gated"]
@@ -145,6 +147,8 @@ def _signed(value: float, digits: int) -> str:
 
 def _effort(report: GateReport) -> str:
     """How it was compared, how long that took, and what it could have seen."""
+    if report.rounds == 0:
+        return "Compared as stored, by the ratios to the reference workload; nothing was measured."
     how = {"clear": "stopped when the answer was clear", "budget": "stopped by the budget"}[report.stopped_by]
     through = "side by side" if report.compared == "side by side" else "through the reference workload"
     seen = report.smallest_seen

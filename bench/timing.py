@@ -117,7 +117,9 @@ def measure(
         moments, stopped_by = _race(lanes, settings, clock, progress, watch)
     rounds = len(moments) - 1
     results = tuple(lane.result(settings.percentiles) for lane in lanes)
-    warnings = [text for result in results for check in (cautions.outliers, cautions.drift) for text in check(result)]
+    seen = any(change.kind in ("load", "steal") for change in changes(moments))  # what the cautions could but guess at
+    guesses = () if seen else (cautions.outliers, cautions.drift)
+    warnings = [text for result in results for check in guesses for text in check(result)]
     warnings += _cut_short(stopped_by, rounds, len(results[0].samples_ms), settings)
     progress(1.0, f"{rounds} rounds")
     return Race(

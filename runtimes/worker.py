@@ -79,7 +79,7 @@ def _serve(job: dict[str, Any], lines: Any, answers: IO[str]) -> None:
 
 
 def _timed(runtime: Runtime, feed: Arrays) -> tuple[float, bool]:
-    """What an inference took in ms, and whether the system gave the core of one of its threads to another program."""
+    """What an inference took in ms, and whether the system took a core away from one of its threads meanwhile."""
     switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
     start = time.perf_counter()
     runtime.run(feed)

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import math
+import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from edgevit import registry
 from edgevit.artifact import Artifact
-from edgevit.errors import UsageError
+from edgevit.errors import InputError, UsageError
 from edgevit.manifest import MANIFEST
 from edgevit.specs import Check, GateReport, Size, size_text
 
 from .calibrating import Progress
-from .comparing import SPREAD_RUNS, Way, require_comparable, require_machine, spread_of, way_of
+from .comparing import (
+    SPREAD_RUNS,
+    Way,
+    doubtful,
+    estimate_against,
+    later_ms,
+    now_ms,
+    require_comparable,
+    require_machine,
+    require_place,
+    too_few,
+    way_of,
+)
 from .running import RunOn, load_at
 from .working import Job, fresh_pair, job_of
 
@@ -27,7 +41,7 @@ if TYPE_CHECKING:
 
 THROUGH = "compared by the ratios to the reference workload, not by the times"
 BEGUN = "the first measurement of this artifact on this machine"
-Z95 = 1.96  # of the normal distribution: what 95 % lie within
+NARROWEST = 0.02  # of an interval that begins a store: two loads of one file differ by nearly as much
 
 
 def gate(
@@ -144,6 +158,8 @@ class _Measuring:
         """An artifact against another, or against what is stored."""
         if _is_stored(place, update):
             return self.with_stored(place, candidate, across, update)
+        if not place.exists():
+            raise InputError(f"{place}: no such artifact, stored result or store; begin a store with --update-baseline")
         if update:
             raise UsageError(f"{place}: an artifact; --update-baseline needs a store, a directory of its own")
         return self.side_by_side(load_at(place, candidate.image_size), candidate), None
@@ -152,29 +168,37 @@ class _Measuring:
         """A stored result as the candidate: against another nothing is measured, against an artifact that is."""
         from edgevit.bench import store
         from edgevit.bench.budget import check_manifests
-        from edgevit.bench.gate import SETTLED_RISK, settled, shift_interval
+        from edgevit.bench.gate import SETTLED_RISK, settled
         from edgevit.bench.machine import fingerprint
 
         stored = store.read(result)
         latest = stored.latest
         causes: tuple[str, ...] = ()
+        baseline_ms: float | None
         if _is_stored(place, update=False):
-            first = self._stored(place, stored.machine, stored.artifact, across)
-            require_comparable(way_of(first.latest), way_of(latest), place)
-            decision = settled(shift_interval(first.latest.log_ratios, latest.log_ratios, SETTLED_RISK), self.settings)
-            baseline_ms, before = first.latest.p50_ms, first.latest.checks
+            known = self._stored(place, stored.machine, stored.artifact, across)
+            require_comparable(way_of(known.latest), way_of(latest), place)
+            found = estimate_against(known)(latest.log_ratios, SETTLED_RISK)
+            decision, warnings = doubtful(settled(found, self.settings), known)
+            baseline_ms, before = None, known.latest.checks
         else:
             require_machine(stored, fingerprint(self.machine), result, across)
             baseline = load_at(place, None)
             workload, job, way = self._beside(baseline)
             require_comparable(way_of(latest), way, result)
-            decision, causes = self._decide(
-                workload, job, estimate=lambda logs, risk: shift_interval(logs, latest.log_ratios, risk)
-            )
+            turned = estimate_against(stored)
+
+            def estimate(logs: Sequence[float], risk: float) -> Logs:
+                middle, low, high = turned(logs, risk)
+                return -middle, -high, -low
+
+            decision, causes = self._decide(workload, job, estimate=estimate)
+            decision, warnings = doubtful(decision, stored)
             baseline_ms, before = decision.candidate_ms, baseline.manifest
-        check = _latency(decision, self.limits.max_slowdown, baseline_ms, latest.p50_ms, THROUGH)
+        candidate_ms = None if baseline_ms is None else later_ms(baseline_ms, decision)
+        check = _latency(decision, self.limits.max_slowdown, baseline_ms, candidate_ms, THROUGH)
         checks = (check, *check_manifests(before, latest.checks, self.limits))
-        return _report(decision, checks, str(place), str(result), "reference workload", causes)
+        return _report(decision, checks, str(place), str(result), "reference workload", causes, warnings)
 
     def side_by_side(self, baseline: Artifact, candidate: Artifact) -> GateReport:
         """Both measured here, in turns."""
@@ -202,6 +226,8 @@ class _Measuring:
         here = fingerprint(self.machine)
         if update and place.suffix == ".json":
             raise UsageError(f"{place}: --update-baseline adds to a store; give the directory that holds it")
+        if update:
+            require_place(place)
         begun = not update or store.find(place, str(here["id"]), candidate.name) is not None
         stored = self._stored(place, here, candidate.name, across) if begun else None
         workload, job, way = self._beside(candidate)
@@ -210,12 +236,14 @@ class _Measuring:
         else:
             require_comparable(way_of(stored.latest), way, place)
             report = self._against(stored, workload, job, place, candidate, here)
-        if not update or report.verdict != "pass":
+        few = stored is not None and len(stored.history) < SPREAD_RUNS and report.verdict == "inconclusive"
+        if not update or (report.verdict != "pass" and not (few and report.smallest_seen is not None)):
             return report, None
         entry = store.new_entry(
             candidate.manifest,
             runtime=job.runtime,
             threads=job.threads,
+            options=job.options,
             log_ratios=report.log_ratios,
             reference=way.reference,
             p50_ms=report.checks[0].candidate,
@@ -243,32 +271,43 @@ class _Measuring:
 
         path, feed, digest = write_workload(self.scratch)
         job = job_of(artifact, self.on, self.scratch)
+        if job.runtime not in registry.runtimes_for(path.name):
+            raise UsageError(
+                f"gate: runtime {job.runtime} runs no ONNX files, and the reference workload of stored results is one; "
+                "gate two artifacts side by side"
+            )
         workload = Job(job.runtime, path, "fp32", feed, job.threads, job.options)
         work = (list(artifact.image_size), artifact.manifest["batch"])
-        return workload, job, Way(job.precision, job.runtime, job.threads, work, Reference(NAME, VERSION, digest))
+        options = {key: str(value) for key, value in job.options.items()}
+        reference = Reference(NAME, VERSION, digest)
+        return workload, job, Way(job.precision, job.runtime, job.threads, work, options, reference)
 
     def _first(self, workload: Job, job: Job, place: Path, candidate: Artifact) -> GateReport:
         """A measurement that begins a history: there is nothing to compare it with, but it has to be narrow enough."""
-        wide = self.limits.max_slowdown
+        wide = max(self.limits.max_slowdown, NARROWEST)
 
         def narrow(found: Logs) -> Literal["pass", "inconclusive"]:
             _, low, high = found
             return "pass" if high - low <= wide else "inconclusive"
 
         decision, causes = self._decide(workload, job, judge=narrow)
-        begun = decision.verdict == "pass"
+        found, detail = decision.interval, BEGUN
+        if found is None:
+            detail = too_few(decision)
+        elif decision.verdict != "pass":
+            width = math.log1p(found.high) - math.log1p(found.low)
+            detail = f"too noisy to begin with: the interval is {width:.1%} wide, {wide:.1%} is needed; it was not kept"
         check = Check(
             what="latency",
-            verdict="not gated" if begun else "inconclusive",
+            verdict="not gated" if decision.verdict == "pass" else "inconclusive",
             unit="ms",
             baseline=None,
             candidate=decision.candidate_ms,
             worse=None,
-            limit=wide,
-            detail=BEGUN
-            if begun
-            else f"the first measurement here is too noisy to compare with at {wide:.1%}: not kept",
+            limit=self.limits.max_slowdown,
+            detail=detail,
         )
+        decision = replace(decision, smallest_seen=None)  # there was nothing to be slower than
         return _report(decision, (check,), str(place), str(candidate.path), "reference workload", causes)
 
     def _against(
@@ -277,27 +316,14 @@ class _Measuring:
         """The candidate's rounds against those of the newest stored result."""
         from edgevit.bench.budget import check_manifests
         from edgevit.bench.diagnosis import diagnose
-        from edgevit.bench.gate import shift_interval
 
         latest = stored.latest
-        spread = spread_of(stored)
-
-        def estimate(logs: Sequence[float], risk: float) -> tuple[float, float, float]:
-            middle, low, high = shift_interval(latest.log_ratios, logs, risk)
-            more = Z95 * (spread or 0.0)
-            return middle, middle - math.hypot(middle - low, more), middle + math.hypot(high - middle, more)
-
-        decision, causes = self._decide(workload, job, estimate=estimate)
+        decision, causes = self._decide(workload, job, estimate=estimate_against(stored))
+        decision, warnings = doubtful(decision, stored)
         checks = (
-            _latency(decision, self.limits.max_slowdown, _now(decision), decision.candidate_ms, THROUGH),
+            _latency(decision, self.limits.max_slowdown, now_ms(decision), decision.candidate_ms, THROUGH),
             *check_manifests(latest.checks, candidate.manifest, self.limits),
         )
-        warnings = []
-        if spread is None:
-            warnings.append(
-                f"{len(stored.history)} stored measurement(s): how much one differs from the next is not in the "
-                f"interval; from {SPREAD_RUNS} of the same artifact on, it is"
-            )
         if stored.machine["id"] != here["id"]:
             warnings.append("the baseline is of another machine: what one gains the other may lose")
         causes = (*causes, *diagnose(latest.machine, self.machine))
@@ -311,8 +337,9 @@ class _Measuring:
         from edgevit.bench.watch import changes, look
 
         moments: list[Moment] = [look()]
+        order = random.Random(self.settings.seed)
         decision = decide(
-            lambda: fresh_pair(first, second),
+            lambda: fresh_pair(first, second, order),
             self.settings,
             estimate=estimate,
             judge=judge,
@@ -322,20 +349,13 @@ class _Measuring:
         return decision, tuple(change.text for change in changes(moments))
 
 
-def _now(decision: Decision) -> float | None:
-    """What a baseline of an earlier time would take now."""
-    return decision.candidate_ms / (1 + decision.interval.worse) if decision.interval else None
-
-
 def _latency(
     decision: Decision, limit: float, baseline_ms: float | None, candidate_ms: float | None, detail: str = ""
 ) -> Check:
     """The slowdown as a check."""
-    from edgevit.bench.stats import MIN_ROUNDS
-
     found = decision.interval
     if found is None:
-        detail = f"{len(decision.log_ratios)} rounds in the budget, an interval needs {MIN_ROUNDS}; raise the budget"
+        detail = f"{too_few(decision)}: raise --budget"
     return Check(
         what="latency",
         verdict=decision.verdict,

@@ -139,7 +139,7 @@ def _measured(first: Path, second: Path) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as scratch:
         jobs = [job_of(load_artifact(path), RunOn(threads=1), Path(scratch)) for path in (first, second)]
         for _ in range(SETTLED_ROUNDS):
-            with fresh_pair(*jobs) as pair:
+            with fresh_pair(jobs[0], jobs[1], order) as pair:
                 logs.append(take_round(pair, order).log_ratio)
     return paired_interval(logs, 0.05)
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import selectors
 import signal
 import subprocess
@@ -24,8 +25,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgevit import registry
 from edgevit.artifact import Artifact
 from edgevit.errors import RuntimeFailure, last_line
+from edgevit.options import parse_options
 
 from .running import RunOn, timed
 
@@ -78,6 +81,7 @@ def job_of(artifact: Artifact, on: RunOn, scratch: Path, model_file: Path | None
         RuntimeFailure: this machine cannot run the target. UsageError: a runtime whose time is no device's.
     """
     name, path = timed(artifact, on, model_file)
+    parse_options(registry.runtime_class(name).OPTIONS, f"runtime {name}", on.options)  # before any process starts
     sample = artifact.sample("input")
     feed = scratch / f"{hashlib.sha256(sample.tobytes()).hexdigest()}.npz"
     np.savez(feed, image=sample)
@@ -118,7 +122,7 @@ class Worker:
         started_s = time.monotonic()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
         self._process = subprocess.Popen(  # noqa: S603  # this interpreter, with fixed arguments
-            [sys.executable, "-m", MODULE],
+            [sys.executable, "-P", "-m", MODULE],  # -P: nothing that lies in the current directory is imported
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -248,11 +252,11 @@ class _Lane:
 
 
 @contextlib.contextmanager
-def fresh_pair(first: Job, second: Job) -> Iterator[Pair]:
-    """Both loaded in fresh processes, which start at the same time."""
+def fresh_pair(first: Job, second: Job, order: random.Random) -> Iterator[Pair]:
+    """Both loaded in fresh processes, which start at the same time, one or the other a little before."""
     workers = [Worker(first), Worker(second)]
     with contextlib.ExitStack() as stack:
-        for worker in workers:
+        for worker in order.sample(workers, 2):
             stack.callback(worker.close)
             worker.start()
         for worker in workers:

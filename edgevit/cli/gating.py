@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +61,7 @@ def gate(
 
     shares = {"slowdown": max_slowdown, "size": max_size, "parameters": max_parameters, "macs": max_macs}
     allowed = {f"max_{key}": parse_share(f"--max-{key}", text) for key, text in shares.items()}
+    _require_places(out, markdown)
     with progress_bar() as progress:
         report = api.gate(
             baseline,
@@ -76,9 +78,16 @@ def gate(
             seed=seed,
             progress=progress,
         )
-    _keep(report, out, markdown)
     emit(report, as_json, lambda shown: shown.print(plain("\n".join(report["text"]))))
+    _keep(report, out, markdown)
     raise typer.Exit(EXIT_CODES[report["verdict"]])
+
+
+def _require_places(*places: Path | None) -> None:
+    """Directories that can be written to, or OutputError: better now than when everything has been measured."""
+    for place in filter(None, places):
+        if not place.parent.is_dir() or not os.access(place.parent, os.W_OK):
+            raise OutputError(f"{place}: its directory is missing or cannot be written; give a file that can")
 
 
 def _keep(report: dict[str, Any], out: Path | None, markdown: Path | None) -> None:

@@ -263,7 +263,7 @@ def test_operators_that_do_not_add_up_are_told() -> None:
     assert list(advice.between(5.0, 10.0)) == [
         "The operators add up to 5.00 of 10.0 ms: 5.00 ms were spent between them: calls, threads that wait."
     ]
-    assert "5.00 ms were added by profiling them" in "".join(advice.between(15.0, 10.0))
+    assert "5.00 ms were added by profiling, so that their times are scaled down" in "".join(advice.between(15.0, 10.0))
 
 
 def test_a_share_above_the_limit_is_never_silent() -> None:

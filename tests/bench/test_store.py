@@ -42,6 +42,7 @@ def entry(**other: Any) -> Entry:
         MANIFEST,
         runtime="ort",
         threads=1,
+        options={},
         log_ratios=[0.1, -0.2, 0.30000000000000004],
         reference=Reference("matmul", "1", "cd" * 32),
         p50_ms=4.5,
@@ -71,7 +72,14 @@ def test_an_entry_knows_its_time_commit_and_figures() -> None:
 
 @pytest.mark.parametrize("value", ["", "main", "C0FFEE1", "c0ffee", "c0ffee1; rm -rf /", "a" * 65])
 def test_what_is_no_commit_is_left_out(value: str) -> None:
-    facts: dict[str, Any] = {"runtime": "ort", "threads": 1, "log_ratios": [0.0], "p50_ms": None, "machine": {}}
+    facts: dict[str, Any] = {
+        "runtime": "ort",
+        "threads": 1,
+        "log_ratios": [0.0],
+        "p50_ms": None,
+        "machine": {},
+        "options": {},
+    }
     reference = Reference("matmul", "1", "cd" * 32)
     made = new_entry(MANIFEST, reference=reference, clock=lambda: NOW, environment={"GITHUB_SHA": value}, **facts)
     assert made.commit is None
@@ -125,8 +133,8 @@ from pathlib import Path
 from edgevit.bench.store import Reference, append, new_entry
 manifest = {"precision": "fp32", "files": [{"name": "m", "bytes": 1, "sha256": "a"}]}
 for i in range(8):
-    made = new_entry(manifest, runtime=sys.argv[2], threads=1, log_ratios=[float(i)] * 50, p50_ms=1.0, machine={},
-                     reference=Reference("matmul", "1", "cd" * 32))
+    made = new_entry(manifest, runtime=sys.argv[2], threads=1, options={}, log_ratios=[float(i)] * 50, p50_ms=1.0,
+                     machine={}, reference=Reference("matmul", "1", "cd" * 32))
     append(Path(sys.argv[1]), {"id": "0123456789ab"}, "net", made)
 """
 
@@ -290,7 +298,7 @@ HOSTILE: dict[str, tuple[Callable[[str], str], str]] = {
     "infinity": (lambda text: text.replace("4.5", "-Infinity"), "not JSON"),
     "overflow": (lambda text: text.replace("4.5", "1e999"), "nested too deeply"),
     "list": (lambda text: "[]", "no object"),
-    "no schema": (spoilt(lambda known: known.pop("schema_version")), "schema_version None"),
+    "no schema": (spoilt(lambda known: known.pop("schema_version")), "expected a file of a store"),
     "schema true": (spoilt(lambda known: known.update(schema_version=True)), "schema_version True"),
     "newer": (spoilt(lambda known: known.update(schema_version=2)), "schema_version 2, this edgevit reads 1; update"),
     "no machine": (spoilt(lambda known: known.pop("machine")), "machine is missing"),
@@ -353,7 +361,14 @@ def test_what_is_no_file_or_too_large_is_not_opened(tmp_path: Path, monkeypatch:
 
 
 def test_taken_at_is_of_this_moment_where_no_clock_is_given() -> None:
-    facts: dict[str, Any] = {"runtime": "ort", "threads": None, "log_ratios": [0.0], "p50_ms": None, "machine": {}}
+    facts: dict[str, Any] = {
+        "runtime": "ort",
+        "threads": None,
+        "log_ratios": [0.0],
+        "p50_ms": None,
+        "machine": {},
+        "options": {},
+    }
     made = new_entry(MANIFEST, reference=Reference("matmul", "1", "cd" * 32), environment={}, **facts)
     taken = datetime.strptime(made.taken_at, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     assert abs(datetime.now(UTC) - taken) < timedelta(minutes=5)
