@@ -112,7 +112,7 @@ def test_nothing_is_timed_in_the_place_of_the_device(elsewhere: Any) -> None:
         f"{artifact.path}: no such device here, expected one; bring one; it is timed on its device, or name what to "
         "time here with --runtime"
     )
-    with pytest.raises(UsageError, match="bench: runtime typed_ort computes what a device would compute"):
+    with pytest.raises(UsageError, match="runtime typed_ort computes what a device would compute"):
         api.benchmark([artifact], duration_s=0.01, loads=1, runtime="typed_ort")
     named = api.benchmark([artifact], duration_s=0.01, loads=1, runtime="ort", threads=1)
     assert named["results"][0]["name"] == f"{artifact.name} on ort"
