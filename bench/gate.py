@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgevit.errors import UsageError
 
@@ -32,40 +33,21 @@ SETTLED_RISK = 0.05  # where there is one look, at rounds that were measured bef
 LEAST_ROUNDS = 6  # the fewest whose signed ranks have an interval of 95 %
 SLICE_MS = 25.0  # a turn of more than one inference takes no longer, so that a burst of other work hits both alike
 SLICE_RUNS = 3  # of faster ones: the fewest with a median; longer turns were noisier, measured under bursts of load
-ROUND_MS = 1200.0  # what both take together in a round, about twice what loading them does
-MIN_SLICES, MAX_SLICES = 3, 100  # pairs of turns in a round: fewer have no median, more bring less than another round
-WARM_BATCHES = 12  # at most, of what does not settle
+ROUND_MS = 1600.0  # what both take together in a round, about as long as loading them; half of it was twice as noisy
+MIN_SLICES, MAX_SLICES = 3, 120  # pairs of turns in a round: fewer have no median, more bring less than another round
+WARM_MS = 50.0  # of inferences at least: fast models take dozens until memory and caches have settled
+WARM_BATCHES = 40  # at most, of what does not settle
 WARM_GAIN = 0.05  # a batch that is faster than the last by less is settled
-KEPT_PAIRS = 3  # pairs of turns without interruption from which a round is judged by these alone
 POWER = 0.8  # of the smallest slowdown that would have been seen: the habitual one
 
 Progress = Callable[[float, str], None]
 
 
-@dataclass(frozen=True)
-class Turn:
-    """The times of some inferences in ms, and of each whether the system took a core away from it meanwhile."""
-
-    times_ms: Sequence[float]
-    interrupted: Sequence[bool]
-
-    @property
-    def all_ms(self) -> float:
-        """The median."""
-        return median(self.times_ms)
-
-    @property
-    def kept_ms(self) -> float | None:
-        """The median of what was not interrupted; None where that is less than half."""
-        kept = [ms for ms, cut in zip(self.times_ms, self.interrupted, strict=True) if not cut]
-        return median(kept) if kept and 2 * len(kept) >= len(self.times_ms) else None
-
-
 class Lane(Protocol):
     """A loaded model in a process of its own."""
 
-    def turn(self, runs: int) -> Turn:
-        """Run once more than `runs`, and tell the times of all but the first."""
+    def turn(self, runs: int) -> Sequence[float]:
+        """Run once more than `runs`, and tell the times of all but the first in ms."""
 
 
 Verdict = Literal["pass", "regression", "inconclusive"]  # of what was measured; a check may also be "not gated"
@@ -201,28 +183,20 @@ def settled(found: Logs, settings: GateSettings) -> Decision:
 
 
 def take_round(pair: Pair, order: random.Random) -> Round:
-    """Warm both up, then let them take turns; each pair of turns gives a ratio, and their median is the round's.
-
-    Inferences during which a core was taken away are left out, as long as half of a turn is left: how often that
-    happens says more of the machine than of the models.
-    """
+    """Warm both up, then let them take turns; each pair of turns gives a ratio, the centre of these is the round's."""
     warm_ms = {index: _warm_up(pair[index]) for index in order.sample((0, 1), 2)}
     slowest_ms = max(warm_ms.values())
     runs = SLICE_RUNS if SLICE_RUNS * slowest_ms <= SLICE_MS else 1
     slices = min(max(round(ROUND_MS / (2 * (runs + 1) * slowest_ms)), MIN_SLICES), MAX_SLICES)
-    turns: list[tuple[Turn, Turn]] = []
+    turns: list[tuple[float, float]] = []
     for _ in range(slices):
         first = order.randrange(2)
-        taken = {index: pair[index].turn(runs) for index in (first, 1 - first)}
+        taken = {index: median(pair[index].turn(runs)) for index in (first, 1 - first)}
         turns.append((taken[0], taken[1]))
-    kept = [(a.kept_ms, b.kept_ms) for a, b in turns]
-    pairs = [(a, b) for a, b in kept if a is not None and b is not None]
-    if len(pairs) < KEPT_PAIRS:
-        pairs = [(a.all_ms, b.all_ms) for a, b in turns]
     return Round(
-        log_ratio=median([math.log(b / a) for a, b in pairs]),
-        baseline_ms=median([a for a, _ in pairs]),
-        candidate_ms=median([b for _, b in pairs]),
+        log_ratio=centre([math.log(b / a) for a, b in turns]),
+        baseline_ms=median([a for a, _ in turns]),
+        candidate_ms=median([b for _, b in turns]),
     )
 
 
@@ -238,11 +212,21 @@ def paired_interval(logs: Sequence[float], risk: float) -> tuple[float, float, f
     favour one as the other, whatever its spread, so that rounds of very unequal noise do no harm, and one wild round
     moves little. Source: Hollander, Wolfe, Chicken, "Nonparametric Statistical Methods", 2014, sections 3.1 to 3.3.
     """
-    values = np.asarray(logs)
-    first, second = np.triu_indices(len(values))
-    means = np.sort((values[first] + values[second]) / 2)
-    end = max(0, signed_rank_quantile(len(values), risk / 2) - 1)
+    means = _means(logs)
+    end = max(0, signed_rank_quantile(len(logs), risk / 2) - 1)
     return float(np.median(means)), float(means[end]), float(means[-1 - end])
+
+
+def centre(values: Sequence[float]) -> float:
+    """The estimate of Hodges and Lehmann, the median of the means of all pairs: bursts move it little."""
+    return float(np.median(_means(values)))
+
+
+def _means(values: Sequence[float]) -> NDArray[np.float64]:
+    """The means of all pairs of values, each with itself too, in order."""
+    array = np.asarray(values, np.float64)
+    first, second = np.triu_indices(len(array))
+    return np.sort((array[first] + array[second]) / 2)
 
 
 def shift_interval(baseline: Sequence[float], candidate: Sequence[float], risk: float) -> tuple[float, float, float]:
@@ -288,10 +272,11 @@ def _z(risk: float) -> float:
 
 def _warm_up(lane: Lane) -> float:
     """What an inference takes in ms once it no longer gets faster."""
-    before_ms, runs = math.inf, 1
+    before_ms, spent_ms, runs = math.inf, 0.0, 1
     for _ in range(WARM_BATCHES):
-        batch_ms = lane.turn(runs).all_ms
-        if batch_ms >= (1 - WARM_GAIN) * before_ms:
+        times_ms = lane.turn(runs)
+        batch_ms, spent_ms = median(times_ms), spent_ms + sum(times_ms)
+        if batch_ms >= (1 - WARM_GAIN) * before_ms and spent_ms >= WARM_MS:
             break
         before_ms, runs = batch_ms, SLICE_RUNS if SLICE_RUNS * batch_ms <= SLICE_MS else 1
     return min(batch_ms, before_ms)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import random
 import re
 import shutil
 import sys
@@ -17,7 +19,7 @@ import pytest
 
 from edgevit import api
 from edgevit.api import gating
-from edgevit.bench.gate import Turn
+from edgevit.api.working import fresh_pair
 from edgevit.errors import ArtifactError, InputError, OutputError, RuntimeFailure, UsageError
 
 
@@ -35,8 +37,8 @@ class Scripted:
         ms *= math.exp(self.spread * self.draw.standard_normal())
 
         class Lane:
-            def turn(self, runs: int) -> Turn:
-                return Turn([ms] * runs, [False] * runs)
+            def turn(self, runs: int) -> list[float]:
+                return [ms] * runs
 
         return Lane()
 
@@ -455,12 +457,28 @@ def test_a_worker_tells_times_memory_and_precision(job: Any) -> None:
         assert started.effective_precision == started.asked_precision == "fp32"
         assert min(started.import_ms, started.load_ms, started.first_ms) > 0
         assert len(worker.turn(3)) == 3
-        times_ms, interrupted = worker.marked_turn(4)
-        assert len(times_ms) == len(interrupted) == 4
-        assert min(times_ms) > 0
-        assert set(map(type, interrupted)) == {bool}
+        assert min(worker.turn(4)) > 0
         if sys.platform == "linux":
             assert started.before_load_bytes < started.loaded_bytes <= started.peak_bytes <= worker.peak_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinity of threads to cores")
+def test_both_of_a_pair_are_kept_on_the_same_core(job: Any) -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("one core: nothing to choose from")
+    drawn = set()
+    for seed in range(4):
+        with fresh_pair(job, job, random.Random(seed)) as pair:
+            kept = [
+                {frozenset(os.sched_getaffinity(int(thread.name))) for thread in Path(f"/proc/{number}/task").iterdir()}
+                for number in (lane._process.pid for lane in pair)  # type: ignore[attr-defined]  # a lane is a worker here
+            ]
+            assert kept[0] == kept[1]
+            assert [len(each) for each in kept[0]] == [1]
+            assert min(pair[0].turn(2)) > 0
+            drawn |= kept[0]
+    assert len(drawn) > 1
 
 
 def test_a_process_that_dies_is_told_with_its_last_words(job: Any) -> None:
@@ -477,7 +495,6 @@ def test_a_process_that_dies_is_told_with_its_last_words(job: Any) -> None:
 
 def test_a_worker_ends_with_the_program_that_asked(started: Callable[..., Any], job: Any, tmp_path: Path) -> None:
     """Killed, so that nothing could be closed."""
-    import os
     import time
 
     code = (

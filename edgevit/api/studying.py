@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevit.artifact import load_artifact, sha256_of
-from edgevit.bench.gate import GateSettings, Turn, decide, paired_interval, take_round
+from edgevit.bench.gate import GateSettings, decide, paired_interval, take_round
 from edgevit.manifest import MANIFEST
 from edgevit.shares import wilson
 
@@ -238,10 +238,10 @@ class _Simulated:
             math.log(10.0) + slower + LOAD_NOISE * float(machine.draw.standard_normal()),
         )
 
-    def turn(self, runs: int) -> Turn:
+    def turn(self, runs: int) -> list[float]:
         times = [math.exp(self.log_ms + NOISE * self.machine.step()) for _ in range(runs + 1)]
         self.machine.now_s += sum(times) / 1000
-        return Turn(times[1:], [False] * runs)
+        return times[1:]
 
 
 def coverage(gates: int) -> str:

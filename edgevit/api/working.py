@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +33,7 @@ from edgevit.options import parse_options
 from .running import RunOn, timed
 
 if TYPE_CHECKING:
-    from edgevit.bench.gate import Pair, Turn
+    from edgevit.bench.gate import Pair
 
 MODULE = "edgevit.runtimes.worker"
 ANSWER_S = 600.0  # for one answer: what has not loaded a model in ten minutes hangs
@@ -156,14 +156,17 @@ class Worker:
 
     def turn(self, runs: int) -> list[float]:
         """The times of `runs` inferences in ms; one more comes before them and is dropped."""
-        return self.marked_turn(runs)[0]
-
-    def marked_turn(self, runs: int) -> tuple[list[float], list[bool]]:
-        """As `turn`, and of each inference whether the system took a core away from it meanwhile."""
         self._ask({"runs": runs})
         answer = self._answer()
         self._peak_bytes = answer["peak_bytes"]
-        return answer["times_ms"], answer["interrupted"]
+        times_ms: list[float] = answer["times_ms"]
+        return times_ms
+
+    def pin(self, cores: Collection[int]) -> None:
+        """Keep all threads of the process on these cores, as far as the system lets it."""
+        with contextlib.suppress(OSError, AttributeError):  # outside Linux there is neither /proc nor the call
+            for thread in Path(f"/proc/{self._running().pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), cores)
 
     def peak_bytes(self) -> int | None:
         """The most memory that the process has had in use up to its last answer."""
@@ -238,22 +241,13 @@ class Worker:
         return RuntimeFailure(f"{self.job.path}: the process that ran it ended by itself ({how}){why}")
 
 
-class _Lane:
-    """A worker as a gate takes it."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-
-    def turn(self, runs: int) -> Turn:
-        """Times, and which of them were interrupted."""
-        from edgevit.bench.gate import Turn
-
-        return Turn(*self.worker.marked_turn(runs))
-
-
 @contextlib.contextmanager
 def fresh_pair(first: Job, second: Job, order: random.Random) -> Iterator[Pair]:
-    """Both loaded in fresh processes, which start at the same time, one or the other a little before."""
+    """Both loaded in fresh processes, which start at the same time, one or the other a little before.
+
+    Where they use fewer threads than there are cores, both are kept on the same cores, drawn anew: what else runs on a
+    core, here or on the same host, then slows both alike. Left to the system each stays where it is, one beside it.
+    """
     workers = [Worker(first), Worker(second)]
     with contextlib.ExitStack() as stack:
         for worker in order.sample(workers, 2):
@@ -261,4 +255,9 @@ def fresh_pair(first: Job, second: Job, order: random.Random) -> Iterator[Pair]:
             worker.start()
         for worker in workers:
             worker.started  # noqa: B018  # waits until it is ready
-        yield _Lane(workers[0]), _Lane(workers[1])
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        if first.threads is not None and first.threads < len(cores):
+            drawn = order.sample(cores, first.threads)
+            for worker in workers:
+                worker.pin(drawn)
+        yield workers[0], workers[1]
