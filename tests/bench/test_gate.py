@@ -189,7 +189,7 @@ def test_a_round_takes_turns_of_equal_length_in_random_order() -> None:
     found = one_round(machine)
     assert found.log_ratio == pytest.approx(math.log(1.1))
     assert (found.baseline_ms, found.candidate_ms) == pytest.approx((5, 5.5))
-    turns = machine.log[-2 * 36 :]  # 1600 ms of pairs of 2 * 4 * 5.5 ms, after the warm-up
+    turns = machine.log[-2 * 23 :]  # 1000 ms of pairs of 2 * 4 * 5.5 ms, after the warm-up
     assert {runs for _, runs in turns} == {3}
     pairs = [{turns[i][0], turns[i + 1][0]} for i in range(0, len(turns), 2)]
     assert all(names == {"baseline", "candidate"} for names in pairs)
@@ -233,7 +233,7 @@ def test_warming_up_goes_on_while_it_gets_faster() -> None:
         times = itertools.chain([100, 80, 60, 40, 20, 15, 12, 11], itertools.repeat(10.0))
         first.ms = lambda: float(next(times))
         take_round((first, second), random.Random(0))
-    warm = machine.log[: -2 * 40]  # 1600 ms of pairs of 2 * 2 * 10 ms
+    warm = machine.log[: -2 * 25]  # 1000 ms of pairs of 2 * 2 * 10 ms
     assert sum(name == "baseline" for name, _ in warm) > sum(name == "candidate" for name, _ in warm)
 
 
