@@ -15,7 +15,7 @@ from edgevit.errors import OutputError, UsageError
 from edgevit.manifest import os_reason
 
 from .arguments import parse_runtime_options, parse_size
-from .shell import ArtifactPath, Json, Runtime, RuntimeOptions, Threads, Which, app, emit, plain, progress_bar
+from .shell import Json, Runtime, RuntimeOptions, Threads, Which, app, emit, plain, progress_bar
 
 Seed = Annotated[int, typer.Option(min=0, help="Of the order of turns.")]
 EXIT_CODES = {"pass": 0, "regression": 4, "inconclusive": 5}
@@ -38,7 +38,7 @@ def parse_share(flag: str, text: str) -> float:
 @app.command(epilog="Example: edgevit gate base/swin_t-onnx-fp32 dist/swin_t-onnx-fp32 --max-slowdown 5% --threads 1")
 def gate(
     baseline: Annotated[Path, typer.Argument(metavar="BASELINE", help="An artifact, a stored result, or their store.")],
-    candidate: ArtifactPath,
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="An artifact, or a stored result.")],
     max_slowdown: Annotated[str, typer.Option(metavar="SHARE", help="How much longer an inference may take.")] = "5%",
     max_drop: Annotated[float, typer.Option(min=0, help="Points of top-1 that may be lost.")] = 0.5,
     max_size: Annotated[str, typer.Option(metavar="SHARE", help="How much larger the files may be.")] = "1%",
